@@ -1,0 +1,1 @@
+"""The engine behind `attnjax.attention`; nothing here is public."""

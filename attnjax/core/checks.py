@@ -1,0 +1,175 @@
+"""Checks of what a user passes, and the wording of their errors. Shapes and types only; values are never read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnjax.core.node import Node, describe, is_array
+
+Array = jax.Array
+
+
+def check_arrays(query: Any, key: Any, value: Any) -> None:
+    """Query [*B, T, N, H], key [*B, S, K, H], value [*B, S, K, V]: types, ranks and sizes.
+
+    Raises:
+      TypeError: not arrays, not of one floating-point type.
+      ValueError: sizes that do not fit.
+    """
+    named = {"query": query, "key": key, "value": value}
+    for name, x in named.items():
+        if not is_array(x):
+            raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
+        if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits < 16:
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, got {np.dtype(x.dtype).name}: convert it with "
+                f"{name}.astype(jnp.float32)."
+            )
+    context = " ".join(f"{name} {_dims(x.shape)}," for name, x in named.items())[:-1] + "."
+    if len({np.dtype(x.dtype) for x in named.values()}) > 1:
+        types = ", ".join(f"{name} {np.dtype(x.dtype).name}" for name, x in named.items())
+        raise TypeError(f"query, key and value must have one dtype, got {types}: convert them with .astype.")
+    for name, x in named.items():
+        if x.ndim < 3:
+            raise ValueError(f"{name} must have at least 3 axes, [*B, length, heads, size], got {x.ndim}. {context}")
+    rule = "query [*B, T, N, H], key [*B, S, K, H], value [*B, S, K, V]"
+    try:
+        chex.assert_equal_rank([query, key, value])
+        chex.assert_equal_shape_prefix([query, key, value], query.ndim - 3)
+        chex.assert_equal_shape_prefix([key, value], key.ndim - 1)
+        chex.assert_equal(query.shape[-1], key.shape[-1])
+    except AssertionError:
+        raise ValueError(f"{_mismatch(query.shape, key.shape, value.shape)} Expected {rule}; got {context}") from None
+    heads, key_heads = query.shape[-2], key.shape[-2]
+    if heads == 0 or key_heads == 0:
+        raise ValueError(f"query and key need at least one head. {context}")
+    if heads % key_heads:
+        raise ValueError(
+            f"query has {heads} heads and key has {key_heads}: the number of query heads must be a multiple of "
+            f"key/value heads. {context}"
+        )
+    if query.shape[-1] == 0:
+        raise ValueError(f"query and key need a head size of at least 1. {context}")
+
+
+def _mismatch(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> str:
+    """The first rule that the shapes break, in words."""
+    if not len(q) == len(k) == len(v):
+        return f"query, key and value have {len(q)}, {len(k)} and {len(v)} axes: they must have equally many."
+    if not q[:-3] == k[:-3] == v[:-3]:
+        return (
+            f"query, key and value have batch axes {_dims(q[:-3])}, {_dims(k[:-3])} and {_dims(v[:-3])}: they must be "
+            "equal (use jax.vmap to share one of them)."
+        )
+    if k[-3] != v[-3]:
+        return f"key has {k[-3]} positions and value has {v[-3]}: they must have equally many (S)."
+    if k[-2] != v[-2]:
+        return f"key has {k[-2]} heads and value has {v[-2]}: they must have equally many (K)."
+    return f"query has head size {q[-1]} and key has {k[-1]}: they must be equal (H)."
+
+
+def check_leaves(node: Node, argument: str, batch: tuple[int, ...], sizes: dict[str, int]) -> None:
+    """Every array of a mask or score must broadcast to `[*B]` and its own axes.
+
+    Args:
+      node: the mask or score; `argument` is the name under which the user passed it.
+      batch: B; sizes: T, S and N by the letters t, s, h.
+
+    Raises:
+      ValueError: an array that does not fit.
+    """
+    for name, leaf, axes in node.operands():
+        exact = not name.startswith(("Dense.", "Bias."))
+        own = [sizes.get(a) for a in axes]
+        shape = tuple(leaf.shape)
+        least = len(axes) if exact else 0
+        letters = [{"t": "T", "s": "S", "h": "N", ".": "*"}[a] for a in axes]
+        wanted = "[" + ", ".join(["*B", *letters]) + "]"
+        full = (*batch, *own)
+        fits = least <= len(shape) <= len(full)
+        for have, want, is_own in zip(
+            reversed(shape), reversed(full), [True] * len(own) + [False] * len(batch), strict=False
+        ):
+            fits = fits and (want is None or have == want or (have == 1 and not (is_own and exact)))
+        if not fits:
+            known = ", ".join(f"{letter} = {size}" for letter, size in zip(letters, own, strict=True) if size is not None)
+            what = "have shape" if exact else "broadcast to"
+            raise ValueError(
+                f"{argument}: {name} is {describe(leaf)} and must {what} {wanted}"
+                f"{' (any *B may be left out)' if exact else ''}, with *B = {_dims(batch)}"
+                f"{', ' + known if known else ''}."
+            )
+
+
+def check_static_lengths(node: Node, argument: str, query_length: int, key_length: int) -> None:
+    """Prefix and Lengths must not reach beyond the sequence, where their values are known.
+
+    Raises:
+      ValueError: a known length that is larger than T or S.
+    """
+    for n, name, limit, letter in _lengths(node, query_length, key_length):
+        value = getattr(n, name)
+        if value is None or isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+            continue
+        largest = np.max(np.asarray(value), initial=0)
+        if largest > limit:
+            raise ValueError(f"{argument}: {type(n).__name__}.{name} is {largest}, beyond {letter} = {limit}.")
+
+
+def _lengths(node: Any, query_length: int, key_length: int) -> Any:
+    names = {"Prefix": [("length", key_length, "S")]}
+    names["Lengths"] = [("key", key_length, "S"), ("query", query_length, "T")]
+    yield from ((node, *rule) for rule in names.get(type(node).__name__, []))
+    for child in vars(node).values():
+        if isinstance(child, Node):
+            yield from _lengths(child, query_length, key_length)
+
+
+def check_scale(scale: Any) -> None:
+    """A number, or a scalar array of floats.
+
+    Raises:
+      TypeError, ValueError: anything else.
+    """
+    if scale is None:
+        return
+    number = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
+    array = is_array(scale) and jnp.issubdtype(scale.dtype, jnp.floating)
+    if not number and not array:
+        raise TypeError(f"scale must be a number or a scalar array of floats, got {_kind(scale)}.")
+    if array and not number and scale.ndim:
+        raise ValueError(f"scale must be a scalar, got {describe(scale)}; per-head scales are a score: ScoreFn.")
+    if number and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}.")
+
+
+def check_sinks(sinks: Any, heads: int, batch: tuple[int, ...]) -> None:
+    """Floats `[N]`, or `[*B, N]`.
+
+    Raises:
+      TypeError, ValueError: anything else.
+    """
+    if sinks is None:
+        return
+    if not is_array(sinks) or not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise TypeError(f"sinks must be an array of floats [N], got {_kind(sinks)}.")
+    if sinks.ndim < 1 or sinks.shape[-1] != heads or not _broadcasts(sinks.shape[:-1], batch):
+        raise ValueError(f"sinks is {describe(sinks)} and must be [N] with N = {heads}, one per query head.")
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
+
+
+def _kind(value: Any) -> str:
+    return describe(value) if is_array(value) else f"{type(value).__name__} {value!r}"
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

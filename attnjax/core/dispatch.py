@@ -1,0 +1,64 @@
+"""Which implementation runs what, per platform, and why the others do not. Decides; computes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from types import ModuleType
+
+from attnjax.core.program import Problem
+from attnjax.kernels import reference, xla
+
+KERNELS: dict[str, ModuleType] = {"xla": xla, "reference": reference}
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+_ORDER = {"cpu": ("xla",), "cuda": ("xla",), "rocm": ("xla",), "tpu": ("xla",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The implementation of one part of the work, and for each other one the reason why it is not used."""
+
+    name: str
+    reasons: dict[str, str]
+
+    @property
+    def kernel(self) -> ModuleType:
+        return KERNELS[self.name]
+
+
+def check_name(implementation: str | None) -> None:
+    """Raises `ValueError` for a name that is no implementation."""
+    if implementation is None or implementation in KERNELS:
+        return
+    near = difflib.get_close_matches(str(implementation), KERNELS, n=1, cutoff=0.3)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"implementation {implementation!r} is unknown: expected one of {sorted(KERNELS)} or None.{hint}")
+
+
+def choose(problem: Problem, platform: str, part: str) -> Choice:
+    """The implementation for a part: "forward", "tangent", "backward" or "higher" (derivatives of second order and up).
+
+    Raises:
+      NotImplementedError: the implementation that was named cannot take the problem.
+    """
+    named = problem.implementation
+    refusals = {name: kernel.unsupported(problem, platform) for name, kernel in KERNELS.items()}
+    if named is not None:
+        if refusals[named] is not None:
+            able = [name for name in KERNELS if refusals[name] is None]
+            raise NotImplementedError(f"implementation {named!r} cannot: {refusals[named]}. {', '.join(able)} can.")
+        return Choice(named, {name: f"implementation={named!r} was asked for" for name in KERNELS if name != named})
+    order = _ORDER.get(platform, ("xla",))
+    chosen = next(name for name in order if refusals[name] is None)
+    reasons = {}
+    for name in KERNELS:
+        if name != chosen:
+            reasons[name] = refusals[name] or _not_preferred(name, order, chosen)
+    return Choice(chosen, reasons)
+
+
+def _not_preferred(name: str, order: tuple[str, ...], chosen: str) -> str:
+    if name not in order:
+        return "for checking only: needs the T x S matrix; ask for it by name"
+    return f"{chosen} is faster here"

@@ -1,0 +1,129 @@
+"""`Program` and `Problem`: an attention call, split into what is static and its list of operands. Computes nothing big.
+
+The operands are, in this order: query, key, value, [sinks], [dropout seed], mask leaves, score leaves, [block map].
+All are in operand form (see `core.tiles`) with all batch axes present.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnjax.core.dropout import keep
+from attnjax.core.tiles import Grid, Sizes, Tile
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The meaning of a call: scale, scores, mask, sinks and dropout, without any array."""
+
+    scale: float
+    scores: tuple[Any, ...]  # tree structures
+    mask: Any | None  # a tree structure
+    sinks: bool
+    dropout: float  # rate; 0 for none
+    axes: tuple[str, ...]  # of every operand but the block map
+    has_map: bool
+
+    @property
+    def _leaves_start(self) -> int:
+        return 3 + self.sinks + bool(self.dropout)
+
+    @property
+    def _scores_start(self) -> int:
+        return self._leaves_start + (self.mask.num_leaves if self.mask is not None else 0)
+
+    @property
+    def count(self) -> int:
+        """Number of operands."""
+        return len(self.axes) + self.has_map
+
+    def mask_of(self, operands: list[Any]) -> Any:
+        """The mask with these operands as leaves, or `None`."""
+        if self.mask is None:
+            return None
+        return jax.tree.unflatten(self.mask, operands[self._leaves_start : self._scores_start])
+
+    def score_positions(self) -> tuple[int, ...]:
+        """Where the operands of the scores stand."""
+        return tuple(range(self._scores_start, len(self.axes)))
+
+    def sinks_of(self, operands: list[Any]) -> Array | None:
+        """The sinks, [*batch, N], or `None`."""
+        return operands[3] if self.sinks else None
+
+    def map_of(self, operands: list[Any]) -> Array | None:
+        """The block map a user passed, or `None`."""
+        return operands[len(self.axes)] if self.has_map else None
+
+    def modify(self, logits: Array, tile: Tile, leaves: list[Any]) -> Array:
+        """Applies the scores in their order; `leaves` are the score operands in tile form."""
+        position = 0
+        for structure in self.scores:
+            node = jax.tree.unflatten(structure, leaves[position : position + structure.num_leaves])
+            position += structure.num_leaves
+            logits = node.evaluate(logits, tile)
+        return logits
+
+    def visible(self, tile: Tile, operands: list[Any]) -> Array | None:
+        """The mask on a tile, or `None` where there is none; operands in tile form."""
+        mask = self.mask_of(operands)
+        return None if mask is None else mask.evaluate(tile)
+
+    def drop(self, weights: Array, tile: Tile, operands: list[Any]) -> Array:
+        """Applies dropout to softmax weights (or to anything that is multiplied like them)."""
+        if not self.dropout:
+            return weights
+        kept = keep(operands[3 + self.sinks], tile.b, tile.h, tile.q, tile.k, self.dropout)
+        return jnp.where(kept, weights / (1 - self.dropout), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A call with its sizes and types: everything about it that is static."""
+
+    program: Program
+    sizes: Sizes
+    dtype: str
+    head_size: int
+    value_size: int
+    differentiable: tuple[int, ...]  # positions of operands that have gradients
+    implementation: str | None
+    config: Any | None  # frozen, hashable; belongs to the implementation
+    blocks: tuple[int, int] | None  # block sizes of the map a user passed
+
+    @property
+    def accumulate(self) -> Any:
+        """float64 for float64 problems, float32 for all others."""
+        return jnp.dtype("float64" if self.dtype == "float64" else "float32")
+
+    def with_batch(self, size: int) -> Problem:
+        """The problem with one more mapped batch axis in front."""
+        sizes = dataclasses.replace(self.sizes, batch=(size, *self.sizes.batch), mapped=self.sizes.mapped + 1)
+        return dataclasses.replace(self, sizes=sizes)
+
+    def out_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the output and the log-sum-exp."""
+        rows = (*self.sizes.batch, self.sizes.query_length, self.sizes.heads)
+        return (*rows, self.value_size), rows
+
+    def kinds(self, operands: list[Any], block_q: int, block_k: int) -> Any:
+        """The block map, int8 [*batch or 1, heads or 1, query blocks, key blocks]; numpy where it is known."""
+        given = self.program.map_of(operands)
+        if given is not None:
+            return given
+        grid = Grid(self.sizes, block_q, block_k)
+        mask = self.program.mask_of(operands)
+        kinds = np.int8(2) if mask is None else mask.blocks(grid)
+        known = isinstance(kinds, (np.ndarray, np.generic))
+        xp = np if known else jnp
+        kinds = xp.asarray(kinds, xp.int8)
+        ndim = len(self.sizes.batch) + 3
+        kinds = kinds.reshape((1,) * (ndim - kinds.ndim) + kinds.shape)
+        return xp.broadcast_to(kinds, (*kinds.shape[:-2], *grid.shape))

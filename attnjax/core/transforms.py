@@ -1,0 +1,169 @@
+"""The three primitives of attention and their rules. `attend` binds them; every transform follows from here.
+
+    attention           operands -> out, lse
+    attention_tangent   linear in the tangents; the derivative of attention
+    attention_backward  linear in the cotangents; its transpose, the flash backward
+
+Each is lowered per platform by the implementation that `core.dispatch` chooses there. Derivatives of the last two
+(second order and up) differentiate the tiled code, whose sweeps have rules of their own (`core.sweep`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad
+
+from attnjax.core.dispatch import PLATFORMS, choose
+from attnjax.core.program import Problem
+from attnjax.core.sweep import instantiate, lead, register
+
+Array = jax.Array
+Wanted = tuple[tuple[int, tuple[int, ...]], ...]  # positions of operands and the shapes of their gradients
+
+
+@partial(jax.jit, static_argnums=0)
+def attend(problem: Problem, operands: list[Array]) -> list[Array]:
+    """Attention as one differentiable operation: operands in operand form -> [out, lse]."""
+    return attention_p.bind(*operands, problem=problem)
+
+
+attention_p, tangent_p, backward_p = (Primitive(f"attention{x}") for x in ("", "_tangent", "_backward"))
+for _primitive in (attention_p, tangent_p, backward_p):
+    _primitive.multiple_results = True
+
+
+def _outputs(problem: Problem, *, tangent: bool = False) -> list[Any]:
+    out, lse = problem.out_shapes()
+    return [jax.core.ShapedArray(out, jnp.dtype(problem.dtype)), jax.core.ShapedArray(lse, problem.accumulate)]
+
+
+def _attention(*operands: Array, platform: str, problem: Problem) -> list[Array]:
+    return list(choose(problem, platform, "forward").kernel.forward(problem, list(operands), platform))
+
+
+def _attention_jvp(primals: list, tangents: list, *, problem: Problem) -> Any:
+    out, lse = attention_p.bind(*primals, problem=problem)
+    moved = tuple(i for i in problem.differentiable if type(tangents[i]) is not ad.Zero)
+    if not moved:
+        return [out, lse], [ad.Zero(a) for a in _outputs(problem)]
+    values = [tangents[i] for i in moved]
+    return [out, lse], tangent_p.bind(*primals, out, lse, *values, problem=problem, moved=moved)
+
+
+def _attention_batch(operands: list, dims: list, *, problem: Problem) -> Any:
+    operands, size = lead(operands, dims)
+    return attention_p.bind(*operands, problem=problem.with_batch(size)), [0, 0]
+
+
+def _tangent(*args: Array, platform: str, problem: Problem, moved: tuple[int, ...]) -> list[Array]:
+    """Operands, out, lse, and the tangents of the operands in `moved`."""
+    count = problem.program.count
+    kernel = choose(problem, platform, "tangent").kernel
+    operands, (out, lse), tangents = list(args[:count]), args[count : count + 2], list(args[count + 2 :])
+    return list(kernel.tangent(problem, operands, out, lse, moved, tangents))
+
+
+def _tangent_jvp(primals: list, tangents: list, *, problem: Problem, moved: tuple[int, ...]) -> Any:
+    linear = len(primals) - len(moved)
+    bind = partial(tangent_p.bind, problem=problem, moved=moved)
+    made = bind(*primals)
+    if all(type(t) is ad.Zero for t in tangents[:linear]):
+        return made, bind(*primals[:linear], *map(instantiate, tangents[linear:]))
+    return made, _derivative(partial(_tangent, problem=problem, moved=moved), primals, tangents)
+
+
+def _tangent_transpose(cotangents: list, *args: Any, problem: Problem, moved: tuple[int, ...]) -> list:
+    linear = len(args) - len(moved)
+    wanted = [(i, x.aval) for i, x in zip(moved, args[linear:], strict=True) if ad.is_undefined_primal(x)]
+    made = backward_p.bind(
+        *args[:linear],
+        *map(instantiate, cotangents),
+        problem=problem,
+        wanted=tuple((i, tuple(aval.shape)) for i, aval in wanted),
+    )
+    made = {i: x.astype(aval.dtype) for (i, aval), x in zip(wanted, made, strict=True)}
+    return [None] * linear + [made.get(i) for i in moved]
+
+
+def _tangent_batch(args: list, dims: list, *, problem: Problem, moved: tuple[int, ...]) -> Any:
+    args, size = lead(args, dims)
+    args = _whole(args, problem.program.count, size, 2)
+    return tangent_p.bind(*args, problem=problem.with_batch(size), moved=moved), [0, 0]
+
+
+def _backward(*args: Array, platform: str, problem: Problem, wanted: Wanted) -> list[Array]:
+    """Operands, out, lse, and the cotangents of out and lse; gives float32 (float64) gradients."""
+    count = problem.program.count
+    kernel = choose(problem, platform, "backward").kernel
+    made = kernel.backward(problem, list(args[:count]), *args[count:], wanted)
+    return [x.astype(problem.accumulate) for x in made]
+
+
+def _backward_jvp(primals: list, tangents: list, *, problem: Problem, wanted: Wanted) -> Any:
+    bind = partial(backward_p.bind, problem=problem, wanted=wanted)
+    made = bind(*primals)
+    if all(type(t) is ad.Zero for t in tangents[:-2]):
+        return made, bind(*primals[:-2], *map(instantiate, tangents[-2:]))
+    return made, _derivative(partial(_backward, problem=problem, wanted=wanted), primals, tangents)
+
+
+def _backward_transpose(cotangents: list, *args: Any, problem: Problem, wanted: Wanted) -> list:
+    live = [(i, c) for (i, _), c in zip(wanted, cotangents, strict=True) if type(c) is not ad.Zero]
+    types = [args[i].dtype for i, _ in live]
+    made = tangent_p.bind(
+        *args[:-2],
+        *(c.astype(dtype) for (_, c), dtype in zip(live, types, strict=True)),
+        problem=problem,
+        moved=tuple(i for i, _ in live),
+    )
+    results = [x.astype(a.aval.dtype) if ad.is_undefined_primal(a) else None for a, x in zip(args[-2:], made, strict=True)]
+    return [None] * (len(args) - 2) + results
+
+
+def _backward_batch(args: list, dims: list, *, problem: Problem, wanted: Wanted) -> Any:
+    args, size = lead(args, dims)
+    args = _whole(args, problem.program.count, size, 4)
+    wanted = tuple((i, (size, *shape)) for i, shape in wanted)
+    return backward_p.bind(*args, problem=problem.with_batch(size), wanted=wanted), [0] * len(wanted)
+
+
+def _whole(args: list, first: int, size: int, count: int) -> list:
+    """out, lse and their cotangents always have every batch axis."""
+    args = list(args)
+    for i in range(first, first + count):
+        args[i] = jnp.broadcast_to(args[i], (size, *args[i].shape[1:]))
+    return args
+
+
+def _derivative(body: Any, primals: list, tangents: list) -> list[Array]:
+    """The tangent of a body of tiled code, where it is moved as a whole."""
+    moved = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+
+    def moving(*some: Array) -> list[Array]:
+        args = list(primals)
+        for i, x in zip(moved, some, strict=True):
+            args[i] = x
+        return body(*args, platform="")
+
+    return list(jax.jvp(moving, tuple(primals[i] for i in moved), tuple(tangents[i] for i in moved))[1])
+
+
+def _register() -> None:
+    outputs = lambda *args, problem, **_: _outputs(problem)
+    gradients = lambda *args, problem, wanted: [jax.core.ShapedArray(s, problem.accumulate) for _, s in wanted]
+    register(attention_p, outputs, _attention, _attention_batch, platforms=PLATFORMS)
+    register(tangent_p, outputs, _tangent, _tangent_batch, platforms=PLATFORMS)
+    register(backward_p, gradients, _backward, _backward_batch, platforms=PLATFORMS)
+    ad.primitive_jvps[attention_p] = _attention_jvp
+    ad.primitive_jvps[tangent_p] = _tangent_jvp
+    ad.primitive_transposes[tangent_p] = _tangent_transpose
+    ad.primitive_jvps[backward_p] = _backward_jvp
+    ad.primitive_transposes[backward_p] = _backward_transpose
+
+
+_register()

@@ -1,0 +1,386 @@
+"""`walk`: visits the tiles of a problem that are not empty, in linear memory. Loops only; the sums are the caller's.
+
+    for chunk of lanes:                       (batch entries and heads that are computed together)
+        for query block:
+            for partial key block: step(masked)
+            for full key block:    step(unmasked)
+            write the rows
+        add what belongs to keys or to nothing
+
+Blocks at a ragged end are moved inwards until they fit, and pairs that were already visited are masked out: nothing
+is padded, so no operand is ever copied as a whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from attnjax.core.program import Problem
+from attnjax.core.tiles import Tile, from_tile_form, tile_form
+from attnjax.tuning import Blocks
+
+Array = jax.Array
+Step = Callable[["Visit", Any, list[Any]], tuple[Any, list[Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One array that a walk makes: its axes, its shape in operand form (batch axes of size 1 are summed over)."""
+
+    axes: str
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def by_row(self) -> bool:
+        """Whether it belongs to query positions alone, so that a row of tiles completes a part of it."""
+        return "t" in self.axes and "s" not in self.axes
+
+    @property
+    def by_pair(self) -> bool:
+        return "t" in self.axes and "s" in self.axes
+
+
+@dataclasses.dataclass
+class Visit:
+    """What a step is told about the tile it computes."""
+
+    tile: Tile
+    masked: bool  # whether some pair may be invisible
+    fresh: Array | None  # pairs not visited before, at ragged ends
+    accumulate: Any
+    product: Any  # type in which matrix products take their factors
+
+    def dot(self, spec: str, a: Array, b: Array) -> Array:
+        """An einsum with float32 (float64) accumulation; `spec` is written without the lanes."""
+        left, result = spec.split("->")
+        x, y = left.split(",")
+        exact = lax.Precision.HIGHEST if self.product in (jnp.float32, jnp.float64) else None
+        return jnp.einsum(
+            f"...{x},...{y}->...{result}",
+            a.astype(self.product),
+            b.astype(self.product),
+            precision=exact,
+            preferred_element_type=self.accumulate,
+        )
+
+
+def reduce_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sums over the axes in which `shape` has size 1 and `x` has more."""
+    axes = tuple(i for i, (a, b) in enumerate(zip(x.shape, shape, strict=True)) if b == 1 and a > 1)
+    return x.sum(axes, keepdims=True) if axes else x
+
+
+def walk(
+    problem: Problem,
+    blocks: Blocks,
+    kinds: Any,
+    operands: list[Any],
+    axes: list[str],
+    outputs: list[Output],
+    start: Callable[[tuple[int, ...]], Any],
+    step: Step,
+    finish: Callable[[Any], list[Array]],
+    *,
+    product: Any,
+    overwrite: bool = False,
+) -> list[Array]:
+    """Runs `step` on every tile that is not empty.
+
+    Args:
+      problem: the sizes.
+      blocks: how to cut them.
+      kinds: int8 block map for these blocks, numpy where known.
+      operands: arrays in operand form, and `axes` of each. Floating-point parts reach `step` as float32 (float64).
+      outputs: what is made. Those by row come from `finish`, in this order; the others are summed over the steps.
+      start: shape of a tile -> state of a row of tiles.
+      step: (visit, state, parts of the operands in tile form) -> (state, parts of the outputs that are not by row).
+      finish: state -> parts of the outputs by row.
+      product: type in which matrix products take their factors.
+      overwrite: rows are written instead of added; right only for rows that are computed whole each time.
+
+    Returns:
+      The outputs, in operand form.
+    """
+    return _Walk(problem, blocks, kinds, operands, axes, outputs, start, step, finish, product, overwrite).run()
+
+
+class _Walk:
+    def __init__(self, problem, blocks, kinds, operands, axes, outputs, start, step, finish, product, overwrite):
+        self.problem, self.sizes, self.blocks = problem, problem.sizes, blocks
+        self.operands, self.axes, self.outputs = operands, axes, outputs
+        self.start, self.step, self.finish = start, step, finish
+        self.product, self.overwrite = product, overwrite
+        self.n = len(self.sizes.batch)
+        self.lengths = {"t": self.sizes.query_length, "s": self.sizes.key_length}
+        self.blocks_of = {"t": blocks.block_q, "s": blocks.block_k}
+        self.counts = {a: -(-self.lengths[a] // self.blocks_of[a]) for a in "ts"}
+        self.chunks = tuple(
+            size // lane
+            for size, lane in zip(
+                (*self.sizes.batch, self.sizes.key_heads), (*blocks.lanes, blocks.lanes_kv), strict=True
+            )
+        )
+        self.visits = _Visits(kinds, self)
+
+    def run(self) -> list[Array]:
+        buffers = [jnp.zeros(o.shape, o.dtype) for o in self.outputs]
+        count = math.prod(self.chunks)
+        if count == 0 or min(self.lengths.values()) == 0:
+            return buffers
+        return _loop(count, self._chunk, buffers)
+
+    def _chunk(self, number: Any, buffers: list[Array]) -> list[Array]:
+        """One chunk of lanes: slices what is small, walks the query blocks, adds the parts that belong to keys."""
+        index = _unravel(number, self.chunks)
+        loaded = [
+            None if "t" in axes and "s" in axes and x.size else self._slice(x, axes, index)
+            for x, axes in zip(self.operands, self.axes, strict=True)
+        ]
+        kept = [o for o in self.outputs if not o.by_row and not o.by_pair]
+        sums = [jnp.zeros(self._part_shape(o, whole=True), self.problem.accumulate) for o in kept]
+        wide = [b for b, o in zip(buffers, self.outputs, strict=True) if o.by_row or o.by_pair]
+        wide, sums = _loop(self.counts["t"], lambda i, carry: self._rows(i, carry, index, loaded), (wide, sums))
+        wide_, sums_ = iter(wide), iter(sums)
+        return [
+            next(wide_) if o.by_row or o.by_pair else self._put(b, o, next(sums_), index)
+            for b, o in zip(buffers, self.outputs, strict=True)
+        ]
+
+    def _rows(self, i: Any, carry: Any, index: tuple, loaded: list[Any]) -> Any:
+        """One query block: all its key blocks, then its rows of the outputs."""
+        wide, sums = carry
+        q_start = self._start("t", i)
+        tile_shape = (*self.blocks.lanes, self.blocks.lanes_kv, self.sizes.group, *self.blocks_of.values())
+        row = [
+            x if x is None or "t" not in axes else self._cut(x, "t", q_start)
+            for x, axes in zip(loaded, self.axes, strict=True)
+        ]
+        pairs = [b for b, o in zip(wide, self._wide(), strict=True) if o.by_pair]
+
+        def visit(masked: bool) -> Callable:
+            def body(count: Any, carry: Any) -> Any:
+                j = self.visits.block(index, i, count)
+                return self._tile(i, j, q_start, carry, index, row, masked)
+
+            return body
+
+        state = (self.start(tile_shape), sums, pairs)
+        partial, visited = self.visits.ends(index, i)
+        if self.visits.any_partial:
+            state = _loop(partial, visit(True), state)
+        if self.visits.any_full:
+            state = _loop(visited, visit(False), state, start=partial)
+        rows, sums, pairs = state
+        pairs_, rows_ = iter(pairs), iter(self.finish(rows))
+        wide = [
+            next(pairs_) if o.by_pair else self._put(b, o, next(rows_), index, q_start=q_start)
+            for b, o in zip(wide, self._wide(), strict=True)
+        ]
+        return wide, sums
+
+    def _tile(self, i: Any, j: Any, q_start: Any, carry: Any, index: tuple, row: list[Any], masked: bool) -> Any:
+        rows, sums, pairs = carry
+        k_start = self._start("s", j)
+        parts = []
+        for x, part, axes in zip(self.operands, row, self.axes, strict=True):
+            if part is None:
+                part = self._slice(x, axes, index, q_start, k_start)
+            elif "s" in axes:
+                part = self._cut(part, "s", k_start)
+            floats = jnp.issubdtype(part.dtype, jnp.floating)
+            parts.append(part.astype(self.problem.accumulate) if floats else part)
+        lanes_start = [c * lane for c, lane in zip(index, self.blocks.lanes, strict=False)]
+        b = _cut_batch(self.sizes.batch_index(), lanes_start, self.blocks.lanes)
+        spans = (index[-1] * self.blocks.lanes_kv, self.blocks.lanes_kv), (q_start, self.blocks.block_q)
+        tile = Tile(self.sizes, b, self.blocks.lanes, *spans, (k_start, self.blocks.block_k))
+        visit = Visit(tile, masked, self._fresh(tile, i, j) if masked else None, self.problem.accumulate, self.product)
+        rows, made = self.step(visit, rows, parts)
+        made = iter(made)
+        sums, pairs = iter(sums), iter(pairs)
+        new_sums, new_pairs = [], []
+        for o in self.outputs:
+            if o.by_pair:
+                new_pairs.append(self._put(next(pairs), o, next(made), index, q_start, k_start))
+            elif not o.by_row:
+                new_sums.append(self._add(next(sums), o, next(made), k_start))
+        return rows, new_sums, new_pairs
+
+    def _fresh(self, tile: Tile, i: Any, j: Any) -> Array | None:
+        fresh = None
+        if self.lengths["t"] % self.blocks.block_q:
+            fresh = tile.q >= i * self.blocks.block_q
+        if self.lengths["s"] % self.blocks.block_k:
+            keys = tile.k >= j * self.blocks.block_k
+            fresh = keys if fresh is None else fresh & keys
+        return fresh
+
+    def _wide(self) -> list[Output]:
+        return [o for o in self.outputs if o.by_row or o.by_pair]
+
+    def _start(self, letter: str, block: Any) -> Any:
+        start, last = block * self.blocks_of[letter], self.lengths[letter] - self.blocks_of[letter]
+        if isinstance(start, int):
+            return min(start, last)
+        return jnp.minimum(start, last) if self.lengths[letter] % self.blocks_of[letter] else start
+
+    def _bounds(self, shape: tuple, axes: str, index: tuple, q_start: Any, k_start: Any) -> tuple[list, list]:
+        """Start and size of a chunk's part of an array in operand form; axes of size 1 are taken whole."""
+        starts, sizes = [], []
+        kv_start, kv = index[-1] * self.blocks.lanes_kv, self.blocks.lanes_kv
+        known = {
+            "h": (kv_start * self.sizes.group, kv * self.sizes.group),
+            "k": (kv_start, kv),
+            "t": None if q_start is None else (q_start, self.blocks.block_q),
+            "s": None if k_start is None else (k_start, self.blocks.block_k),
+        }
+        spans = [(c * lane, lane) for c, lane in zip(index[:-1], self.blocks.lanes, strict=True)]
+        for size, span in zip(shape, spans + [known.get(a) for a in axes], strict=True):
+            whole = span is None or size == 1
+            starts.append(0 if whole else span[0])
+            sizes.append(size if whole else span[1])
+        return starts, sizes
+
+    def _slice(self, x: Array, axes: str, index: tuple, q_start: Any = None, k_start: Any = None) -> Array:
+        starts, sizes = self._bounds(x.shape, axes, index, q_start, k_start)
+        part = _dynamic_slice(x, starts, sizes)
+        return tile_form(part, axes, self.n, self.sizes.group)
+
+    def _cut(self, x: Array, letter: str, start: Any) -> Array:
+        """A block of positions of an array in tile form."""
+        axis = self.n + 2 + "ts".index(letter)
+        if x.shape[axis] == 1 or x.shape[axis] == self.blocks_of[letter]:
+            return x
+        starts = [start if i == axis else 0 for i in range(x.ndim)]
+        return _dynamic_slice(x, starts, [self.blocks_of[letter] if i == axis else d for i, d in enumerate(x.shape)])
+
+    def _part_shape(self, o: Output, whole: bool = False) -> tuple[int, ...]:
+        """Shape, in tile form, of a chunk's part of an output (`whole`: with all positions)."""
+        at = None if whole else 0
+        _, sizes = self._bounds(o.shape, o.axes, (0,) * len(self.chunks), at, at)
+        return jax.eval_shape(
+            lambda x: tile_form(x, o.axes, self.n, self.sizes.group), jax.ShapeDtypeStruct(tuple(sizes), o.dtype)
+        ).shape
+
+    def _put(self, buffer: Array, o: Output, part: Array, index: tuple, q_start=None, k_start=None) -> Array:
+        """Adds a part, in tile form, to an output (or writes it, where rows are computed whole)."""
+        starts, sizes = self._bounds(o.shape, o.axes, index, q_start, k_start)
+        shape = jax.eval_shape(
+            lambda x: tile_form(x, o.axes, self.n, self.sizes.group), jax.ShapeDtypeStruct(tuple(sizes), o.dtype)
+        ).shape
+        part = from_tile_form(reduce_to(part, shape), o.axes, self.n).astype(o.dtype)
+        if tuple(sizes) == buffer.shape and all(isinstance(x, int) for x in starts):
+            return part if math.prod(self.chunks) == 1 and not o.by_pair else buffer + part
+        if not self.overwrite:
+            part = _dynamic_slice(buffer, starts, sizes) + part
+        return lax.dynamic_update_slice(buffer, part, [jnp.asarray(x, jnp.int32) for x in starts])
+
+    def _add(self, total: Array, o: Output, part: Array, k_start: Any) -> Array:
+        """Adds a tile's part to the chunk's sum of an output that is not by row."""
+        part = reduce_to(part, self._part_shape(o))
+        axis = self.n + 3
+        if "s" not in o.axes or part.shape == total.shape:
+            return total + part
+        starts = [k_start if i == axis else 0 for i in range(total.ndim)]
+        part = _dynamic_slice(total, starts, part.shape) + part
+        return lax.dynamic_update_slice(total, part, [jnp.asarray(x, jnp.int32) for x in starts])
+
+
+class _Visits:
+    """For each chunk and query block, the list of key blocks to visit: partial ones first, then full ones."""
+
+    def __init__(self, kinds: Any, walk: _Walk):
+        known = isinstance(kinds, np.ndarray)
+        xp = np if known else jnp
+        n, lanes, sizes = walk.n, (*walk.blocks.lanes, walk.blocks.lanes_kv), walk.sizes
+        if kinds.shape[n] > 1:
+            kinds = kinds.reshape(*kinds.shape[:n], sizes.key_heads, sizes.group, *kinds.shape[-2:])
+        else:
+            kinds = kinds[..., None, :, :]
+        low, high = kinds.min(n + 1), kinds.max(n + 1)
+        for axis, lane in enumerate(lanes):
+            if low.shape[axis] > 1:
+                split = lambda x, axis=axis, lane=lane: x.reshape(*x.shape[:axis], -1, lane, *x.shape[axis + 1 :])
+                low, high = split(low).min(axis + 1), split(high).max(axis + 1)
+        ragged = np.zeros(low.shape[-2:], bool)
+        if walk.lengths["t"] % walk.blocks.block_q:
+            ragged[-1, :] = True
+        if walk.lengths["s"] % walk.blocks.block_k:
+            ragged[:, -1] = True
+        full = (low == 2) & ~ragged
+        partial = (high > 0) & ~full
+        # Stable order: partial 0, full 1, empty 2.
+        rank = xp.where(partial, 0, xp.where(full, 1, 2))
+        self.order = rank.argsort(axis=-1, kind="stable").astype(xp.int32) if known else _argsort(rank)
+        self.partial = partial.sum(-1).astype(xp.int32)
+        self.visited = self.partial + full.sum(-1).astype(xp.int32)
+        self.any_partial = not known or bool(partial.any())
+        self.any_full = not known or bool(full.any())
+        # One tile: no list is needed, and a block that is empty after all is masked like any other.
+        self.single = low.shape[-2:] == (1, 1)
+        if self.single:
+            self.any_full = known and bool(full.all())
+            self.any_partial = not self.any_full
+
+    def _at(self, array: Any, index: tuple, i: Any) -> Any:
+        where = [c if size > 1 else 0 for c, size in zip(index, array.shape, strict=False)]
+        if array.ndim > len(index):
+            where.append(i)
+        return tuple(where)
+
+    def block(self, index: tuple, i: Any, number: Any) -> Any:
+        """The number of the `number`-th key block that query block i visits."""
+        if self.single:
+            return 0
+        return jnp.asarray(self.order)[(*self._at(self.order, index, i), number)]
+
+    def ends(self, index: tuple, i: Any) -> tuple[Any, Any]:
+        """How many blocks of the list are partial, and how many there are."""
+        if self.single:
+            return (0, 1) if self.any_full else (1, 1)
+        return tuple(jnp.asarray(x)[self._at(x, index, i)] for x in (self.partial, self.visited))
+
+
+def _argsort(rank: Array) -> Array:
+    return jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
+
+
+def _loop(count: Any, body: Callable, carry: Any, start: Any = 0) -> Any:
+    """`fori_loop` that vanishes when it has one known turn."""
+    if isinstance(count, int) and isinstance(start, int) and count - start == 1:
+        return body(start, carry)
+    if isinstance(count, int) and isinstance(start, int) and count == start:
+        return carry
+    return lax.fori_loop(jnp.int32(start), jnp.int32(count), body, carry)
+
+
+def _unravel(number: Any, sizes: tuple[int, ...]) -> tuple:
+    index = []
+    for size in reversed(sizes):
+        index.append(0 if size == 1 else number % size)
+        number = number // size
+    return tuple(reversed(index))
+
+
+def _dynamic_slice(x: Any, starts: list, sizes: Any) -> Any:
+    if tuple(sizes) == tuple(x.shape):
+        return x
+    if all(isinstance(s, int) for s in starts):
+        return lax.slice(x, starts, [a + b for a, b in zip(starts, sizes, strict=True)])
+    return lax.dynamic_slice(x, [jnp.asarray(s, jnp.int32) for s in starts], sizes)
+
+
+def _cut_batch(index: np.ndarray, starts: list, lanes: tuple[int, ...]) -> Any:
+    sizes = [1 if d == 1 else lane for d, lane in zip(index.shape, lanes, strict=True)]
+    starts = [0 if d == 1 else s for d, s in zip(index.shape, starts, strict=True)]
+    if all(isinstance(s, int) for s in starts):
+        return index[tuple(slice(s, s + z) for s, z in zip(starts, sizes, strict=True))]
+    return _dynamic_slice(jnp.asarray(index), starts, sizes)

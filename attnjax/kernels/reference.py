@@ -1,0 +1,107 @@
+"""implementation="reference": the formula itself, with the T x S matrix. For checking, and to be read; not fast.
+
+Its derivatives are JAX's own, of the plain formula, so that they check the tiled ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnjax.core.program import Problem
+from attnjax.core.softmax import finite
+from attnjax.core.tiles import Tile, from_tile_form, tile_form
+
+Array = jax.Array
+
+
+def unsupported(problem: Problem, platform: str) -> str | None:
+    """A reason why this implementation cannot take the problem, or `None`."""
+    return None if problem.config is None else "reference has no config: leave config out"
+
+
+def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Array, Array]:
+    """The output and the log-sum-exp, both in operand form."""
+    program, sizes, n = problem.program, problem.sizes, len(problem.sizes.batch)
+    if sizes.key_length == 0 or sizes.query_length == 0:
+        return _nothing(problem, operands)
+    parts = [
+        tile_form(x, axes, n, sizes.group) for x, axes in zip(operands, program.axes, strict=False)
+    ]
+    parts = [x.astype(problem.accumulate) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in parts]
+    spans = (0, sizes.key_heads), (0, sizes.query_length), (0, sizes.key_length)
+    tile = Tile(sizes, sizes.batch_index(), sizes.batch, *spans)
+    seen = program.visible(tile, parts)
+    query, key, value = parts[0][..., 0, :], parts[1][..., 0, 0, :, :], parts[2][..., 0, 0, :, :]
+    if seen is not None:  # what nobody sees may hold anything, even NaN
+        seen = jnp.broadcast_to(seen, tile.shape)
+        query = jnp.where(seen.any(-1)[..., None], query, 0)
+        unseen = ~seen.any((-3, -2))[..., None]
+        key, value = jnp.where(unseen, 0, key), jnp.where(unseen, 0, value)
+    exact = dict(precision=jax.lax.Precision.HIGHEST)
+    logits = program.scale * jnp.einsum("...kgth,...ksh->...kgts", query, key, **exact)
+    logits = program.modify(logits, tile, [parts[i] for i in program.score_positions()])
+    logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
+    highest = logits.max(-1)
+    if program.sinks:
+        sinks = jnp.broadcast_to(tile_form(operands[3], "h", n, sizes.group)[..., 0], highest.shape)
+        sinks = sinks.astype(problem.accumulate)
+        highest = jnp.maximum(highest, sinks)
+    highest = jax.lax.stop_gradient(finite(highest))
+    weights = jnp.exp(logits - highest[..., None])
+    total = weights.sum(-1)
+    if program.sinks:
+        total = total + jnp.exp(sinks - highest)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    weights = program.drop(weights / total[..., None], tile, parts)
+    out = jnp.einsum("...kgts,...ksv->...kgtv", weights, value, **exact)
+    lse = jnp.where(empty, -jnp.inf, highest + jnp.log(total))
+    out = from_tile_form(out[..., None, :], "th.", n).astype(problem.dtype)
+    return out, from_tile_form(lse[..., None], "th", n)
+
+
+def tangent(
+    problem: Problem, operands: list[Array], out: Array, lse: Array, moved: tuple[int, ...], tangents: list[Array]
+) -> tuple[Array, Array]:
+    """Tangents of the output and the log-sum-exp, linear in the tangents of the operands in `moved`."""
+    f = lambda *some: forward(problem, _with(operands, moved, some), "")
+    return jax.jvp(f, tuple(operands[i] for i in moved), tuple(tangents))[1]
+
+
+def backward(
+    problem: Problem,
+    operands: list[Array],
+    out: Array,
+    lse: Array,
+    ct_out: Array,
+    ct_lse: Array,
+    wanted: tuple[tuple[int, tuple[int, ...]], ...],
+) -> list[Array]:
+    """Gradients of the operands in `wanted`: pairs of position and shape (batch axes of size 1 are summed over)."""
+    positions = tuple(i for i, _ in wanted)
+    wide = [jnp.broadcast_to(operands[i], _widest(operands[i].shape, shape)) for i, shape in wanted]
+    _, pull = jax.vjp(lambda *some: forward(problem, _with(operands, positions, some), ""), *wide)
+    return list(pull((ct_out.astype(problem.dtype), ct_lse)))
+
+
+def _widest(have: tuple[int, ...], want: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(max(a, b) for a, b in zip(have, want, strict=True))
+
+
+def _with(operands: list[Array], positions: tuple[int, ...], values: Any) -> list[Array]:
+    operands = list(operands)
+    for i, value in zip(positions, values, strict=True):
+        operands[i] = value
+    return operands
+
+
+def _nothing(problem: Problem, operands: list[Array]) -> tuple[Array, Array]:
+    """No keys at all: every row sees nothing (but its sink)."""
+    out_shape, lse_shape = problem.out_shapes()
+    lse = jnp.full(lse_shape, -jnp.inf, problem.accumulate)
+    if problem.program.sinks:
+        lse = jnp.broadcast_to(operands[3].astype(problem.accumulate)[..., None, :], lse_shape)
+    return jnp.zeros(out_shape, problem.dtype), lse

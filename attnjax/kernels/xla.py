@@ -1,0 +1,309 @@
+"""implementation="xla": tiled attention in plain XLA, on every device, for every mask and score, in linear memory.
+
+Forward is the online softmax over tiles; backward and tangent recompute the weights from the log-sum-exp. All three
+are differentiable again, to any order, because backward and tangent are sweeps (`core.sweep`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnjax.core.program import Problem, Program
+from attnjax.core.softmax import add_sinks, finite, merge_max
+from attnjax.core.sweep import product_type, sweep
+from attnjax.core.walk import Output, Visit, walk
+from attnjax.tuning import choose_blocks
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tile sizes. `None` chooses by platform and shape.
+
+    Attributes:
+      block_q: queries of a tile.
+      block_k: keys of a tile.
+      lanes: at most this many (batch entry, key/value head) pairs are computed together.
+    """
+
+    block_q: int | None = None
+    block_k: int | None = None
+    lanes: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"Config: {field.name} must be an integer of at least 1 or None, got {value!r}.")
+
+
+def unsupported(problem: Problem, platform: str) -> str | None:
+    """A reason why this implementation cannot take the problem, or `None`: it takes everything."""
+    return None
+
+
+def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Array, Array]:
+    """The output and the log-sum-exp, both in operand form ([*batch, T, N, V] and [*batch, T, N])."""
+    program, accumulate = problem.program, problem.accumulate
+    out_shape, lse_shape = problem.out_shapes()
+
+    def start(tile: tuple[int, ...]) -> tuple[Array, Array, Array]:
+        zeros = jnp.zeros((*tile[:-1], problem.value_size), accumulate)
+        return zeros, jnp.full(tile[:-1], -jnp.inf, accumulate), jnp.zeros(tile[:-1], accumulate)
+
+    def step(visit: Visit, state: Any, parts: list[Array]) -> tuple[Any, list[Array]]:
+        out, highest, total = state
+        view = _View(program, visit, parts)
+        highest, shrink, weights = merge_max(highest, view.logits)
+        total = total * shrink + weights.sum(-1)
+        out = out * shrink[..., None] + visit.dot("kgts,ksv->kgtv", view.drop(weights), view.value)
+        return (out, highest, total), []
+
+    def finish(state: Any) -> list[Array]:
+        out, highest, total = state
+        empty = total == 0
+        out = out / jnp.where(empty, jnp.ones_like(total), total)[..., None]
+        lse = jnp.where(empty, -jnp.inf, finite(highest) + jnp.log(jnp.where(empty, jnp.ones_like(total), total)))
+        return [out[..., None, :], lse[..., None]]
+
+    blocks = choose_blocks(problem, platform)
+    kinds = problem.kinds(operands, blocks.block_q, blocks.block_k)
+    sinks = program.sinks_of(operands)
+    kept = jnp.dtype(problem.dtype) if sinks is None else accumulate
+    outputs = [Output("th.", out_shape, kept), Output("th", lse_shape, accumulate)]
+    out, lse = walk(
+        problem,
+        blocks,
+        kinds,
+        operands[: len(program.axes)],
+        list(program.axes),
+        outputs,
+        start,
+        step,
+        finish,
+        product=product_type(problem, platform),
+        overwrite=True,
+    )
+    if sinks is not None:
+        out, lse = add_sinks(out, lse, sinks[..., None, :].astype(accumulate))
+    return out.astype(problem.dtype), lse
+
+
+def tangent(
+    problem: Problem, operands: list[Array], out: Array, lse: Array, moved: tuple[int, ...], tangents: list[Array]
+) -> tuple[Array, Array]:
+    """Tangents of the output and the log-sum-exp, linear in the tangents of the operands in `moved`."""
+    program, accumulate = problem.program, problem.accumulate
+    inner = tuple(i for i in moved if not (program.sinks and i == 3))
+    out_shape, lse_shape = problem.out_shapes()
+    d_out, d_lse = jnp.zeros(out_shape, accumulate), jnp.zeros(lse_shape, accumulate)
+    if inner:
+        values = [t for i, t in zip(moved, tangents, strict=True) if i in inner]
+        d_out, d_lse = sweep(
+            problem,
+            _Tangent(program, inner),
+            [*operands, finite(lse), *values],
+            [*_all_axes(program), "th", *(program.axes[i] for i in inner)],
+            [Output("th.", out_shape, accumulate), Output("th", lse_shape, accumulate)],
+        )
+    if program.sinks and 3 in moved:
+        d_sinks = tangents[moved.index(3)].astype(accumulate)
+        d_lse = d_lse + _sink_weight(program, operands, lse) * d_sinks[..., None, :]
+    return (d_out - d_lse[..., None] * out.astype(accumulate)).astype(problem.dtype), d_lse
+
+
+def backward(
+    problem: Problem,
+    operands: list[Array],
+    out: Array,
+    lse: Array,
+    ct_out: Array,
+    ct_lse: Array,
+    wanted: tuple[tuple[int, tuple[int, ...]], ...],
+) -> list[Array]:
+    """Gradients of the operands in `wanted`: pairs of position and shape (batch axes of size 1 are summed over)."""
+    program, accumulate = problem.program, problem.accumulate
+    ct_out = ct_out.astype(accumulate)
+    delta = (ct_out * out.astype(accumulate)).sum(-1) - ct_lse
+    inner = tuple((i, shape) for i, shape in wanted if not (program.sinks and i == 3))
+    made = {}
+    if inner:
+        gradients = sweep(
+            problem,
+            _Backward(program, tuple(i for i, _ in inner)),
+            [*operands, finite(lse), ct_out, delta],
+            [*_all_axes(program), "th", "th.", "th"],
+            [Output(program.axes[i], shape, accumulate) for i, shape in inner],
+        )
+        made = {i: g for (i, _), g in zip(inner, gradients, strict=True)}
+    for i, shape in wanted:
+        if i not in made:
+            gradient = (-_sink_weight(program, operands, lse) * delta).sum(-2)
+            made[i] = gradient.sum(
+                tuple(a for a, (x, y) in enumerate(zip(gradient.shape, shape, strict=True)) if x != y), keepdims=True
+            )
+    return [made[i] for i, _ in wanted]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tangent:
+    """Tile function: sums of p ds v + p dv, and of p ds. Operands: the problem's, lse, and the tangents of `moved`."""
+
+    program: Program
+    moved: tuple[int, ...]
+
+    @property
+    def linear(self) -> tuple[int, ...]:
+        first = self.program.count + 1
+        return tuple(range(first, first + len(self.moved)))
+
+    def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
+        count = len(self.program.axes)
+        own, lse = list(parts[:count]), parts[count]
+        tangents = dict(zip(self.moved, parts[count + 1 :], strict=True))
+        view = _View(self.program, visit, own)
+        d_raw = jnp.zeros(visit.tile.shape, visit.accumulate)
+        if 0 in tangents:
+            d_raw = d_raw + visit.dot("kgth,ksh->kgts", view.scale * view.seeing(_rows(tangents[0])), view.key)
+        if 1 in tangents:
+            d_raw = d_raw + visit.dot("kgth,ksh->kgts", view.query, view.seen(_columns(tangents[1])))
+        d_leaves = [tangents.get(i) for i in self.program.score_positions()]
+        weights = jnp.exp(view.logits - lse[..., 0, None])
+        change = weights * view.pushed(d_raw, d_leaves)
+        d_out = visit.dot("kgts,ksv->kgtv", view.drop(change), view.value)
+        if 2 in tangents:
+            d_out = d_out + visit.dot("kgts,ksv->kgtv", view.drop(weights), view.seen(_columns(tangents[2])))
+        return [d_out[..., None, :], change.sum(-1, keepdims=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backward:
+    """Tile function: the flash backward. Operands: the problem's, lse, the cotangent of out, and delta."""
+
+    program: Program
+    wanted: tuple[int, ...]
+
+    @property
+    def linear(self) -> tuple[int, ...]:
+        return (self.program.count + 1, self.program.count + 2)
+
+    def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
+        *own, lse, ct_out, delta = parts
+        view = _View(self.program, visit, own)
+        ct_out = view.seeing(_rows(ct_out))
+        weights = jnp.exp(view.logits - lse[..., 0, None])
+        d_weights = view.drop(visit.dot("kgtv,ksv->kgts", ct_out, view.value))
+        d_raw, d_leaves = view.pulled(weights * (d_weights - delta[..., 0, None]), self.wanted)
+        made = {}
+        if 0 in self.wanted:
+            made[0] = (view.scale * visit.dot("kgts,ksh->kgth", d_raw, view.key))[..., None, :]
+        if 1 in self.wanted:
+            made[1] = visit.dot("kgts,kgth->ksh", d_raw, view.query)[..., None, None, :, :]
+        if 2 in self.wanted:
+            made[2] = visit.dot("kgts,kgtv->ksv", view.drop(weights), ct_out)[..., None, None, :, :]
+        made.update(d_leaves)
+        return [made[i] for i in self.wanted]
+
+
+class _View:
+    """A tile as the formulas see it: query (scaled), key, value, and the logits after scores and mask.
+
+    Queries that see nothing in the tile and keys that are not seen in it read as 0: whatever stands in padding, even
+    NaN, meets only weights of 0 and must not turn them into NaN.
+    """
+
+    def __init__(self, program: Program, visit: Visit, own: list[Array]):
+        self.program, self.visit, self.own, self.scale = program, visit, own, program.scale
+        self.visible = _visible(program, visit, own)
+        self.query = self.seeing(_rows(own[0])) * program.scale
+        self.key, self.value = self.seen(_columns(own[1])), self.seen(_columns(own[2]))
+        self.raw = visit.dot("kgth,ksh->kgts", self.query, self.key)
+        self.leaves = [own[i] for i in program.score_positions()]
+        self.logits = program.modify(self.raw, visit.tile, self.leaves)
+        if self.visible is not None:
+            self.logits = jnp.where(self.visible, self.logits, -jnp.inf)
+
+    def seeing(self, rows: Array) -> Array:
+        """Rows [..., K, G, t, *], 0 where the query sees nothing in this tile."""
+        if self.visible is None:
+            return rows
+        return jnp.where(self.visible.any(-1, keepdims=True), rows, jnp.zeros_like(rows))
+
+    def seen(self, columns: Array) -> Array:
+        """Columns [..., K, s, *], 0 where no query of the tile sees the key."""
+        if self.visible is None:
+            return columns
+        some = self.visible.any((-3, -2))[..., None]
+        return jnp.where(some, columns, jnp.zeros_like(columns))
+
+    def drop(self, weights: Array) -> Array:
+        return self.program.drop(weights, self.visit.tile, self.own)
+
+    def pushed(self, d_raw: Array, d_leaves: list[Array | None]) -> Array:
+        """The tangent of the logits from those of the raw logits and of the scores' operands."""
+        moved = [n for n, d in enumerate(d_leaves) if d is not None]
+
+        def modify(raw: Array, *some: Array) -> Array:
+            leaves = list(self.leaves)
+            for n, leaf in zip(moved, some, strict=True):
+                leaves[n] = leaf
+            return self.program.modify(raw, self.visit.tile, leaves)
+
+        primals = (self.raw, *(self.leaves[n] for n in moved))
+        d_logits = jax.jvp(modify, primals, (d_raw, *(d_leaves[n] for n in moved)))[1]
+        return d_logits if self.visible is None else jnp.where(self.visible, d_logits, 0)
+
+    def pulled(self, d_logits: Array, wanted: tuple[int, ...]) -> tuple[Array, dict[int, Array]]:
+        """Cotangents of the raw logits, and of those operands of the scores that are wanted."""
+        if self.visible is not None:
+            d_logits = jnp.where(self.visible, d_logits, 0)
+        positions = self.program.score_positions()
+        moved = [n for n, i in enumerate(positions) if i in wanted]
+
+        def modify(raw: Array, *some: Array) -> Array:
+            leaves = list(self.leaves)
+            for n, leaf in zip(moved, some, strict=True):
+                leaves[n] = leaf
+            return self.program.modify(raw, self.visit.tile, leaves)
+
+        _, pull = jax.vjp(modify, self.raw, *(self.leaves[n] for n in moved))
+        d_raw, *d_leaves = pull(d_logits)
+        return d_raw, {positions[n]: d for n, d in zip(moved, d_leaves, strict=True)}
+
+
+def _visible(program: Program, visit: Visit, own: list[Array]) -> Array | None:
+    """Which pairs of the tile count, of at least the tile's last two axes; `None` for all."""
+    if not visit.masked:
+        return None
+    seen = program.visible(visit.tile, own)
+    if visit.fresh is not None:
+        seen = visit.fresh if seen is None else seen & visit.fresh
+    if seen is None:
+        return None
+    return jnp.broadcast_to(seen, (*(1,) * (len(visit.tile.shape) - seen.ndim), *seen.shape[:-2], *visit.tile.shape[-2:]))
+
+
+def _rows(part: Array) -> Array:
+    """Tile form of an array by query, without the key axis: [*lanes, K, G, t, *]."""
+    return part[..., 0, :]
+
+
+def _columns(part: Array) -> Array:
+    """Tile form of an array by key, without the axes of the query: [*lanes, K, s, *]."""
+    return part[..., 0, 0, :, :]
+
+
+def _all_axes(program: Program) -> list[str]:
+    return [*program.axes, *([""] if program.has_map else [])]
+
+
+def _sink_weight(program: Program, operands: list[Array], lse: Array) -> Array:
+    """The share of the softmax that each sink takes, [*batch, T, N]."""
+    sinks = program.sinks_of(operands)
+    assert sinks is not None
+    return jnp.exp(sinks.astype(lse.dtype)[..., None, :] - finite(lse))

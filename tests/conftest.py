@@ -1,0 +1,42 @@
+"""Settings every test runs under: one CPU backend unless told otherwise, strict promotion, skips that are counted."""
+
+import os
+from collections import Counter
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+# A float32 and a float64 never meet silently: a forgotten cast is an error here, not a slow float64 program.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# The same examples on every machine and in every worker, so that a failure can be looked at again.
+hypothesis.settings.register_profile("attnjax", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.load_profile("attnjax")
+
+
+@pytest.fixture
+def rng():
+    """NumPy's generator with a fixed seed."""
+    return np.random.default_rng(20250731)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full-cross",
+        action="store_true",
+        help="run every mask x score pair in every dtype, directly and under vmap, on every implementation",
+    )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how many tests were skipped, and why."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    terminalreporter.section("skips, by reason")
+    terminalreporter.write_line(f"{len(skipped)} skipped")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count:5d}  {reason}")

@@ -1,0 +1,250 @@
+"""The oracle: attention as one dense formula in float64, and how far from it an answer may be. No kernels here.
+
+Nothing of attnjax's mathematics is used but the dropout hash, which is part of the meaning of a seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Arrays = dict[str, Any]
+HALVES = ("bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of one attention call, in the letters of the library."""
+
+    batch: tuple[int, ...] = (2,)
+    T: int = 37
+    S: int = 53
+    N: int = 6
+    K: int = 2
+    H: int = 19
+    V: int = 23
+
+    @property
+    def B(self) -> int:
+        return math.prod(self.batch)
+
+    def inner(self) -> Shape:
+        """The shape that `jax.vmap` over the first batch axis leaves inside."""
+        return dataclasses.replace(self, batch=self.batch[1:])
+
+    def query_key_value(self) -> dict[str, tuple[int, ...]]:
+        return {
+            "query": (*self.batch, self.T, self.N, self.H),
+            "key": (*self.batch, self.S, self.K, self.H),
+            "value": (*self.batch, self.S, self.K, self.V),
+        }
+
+
+class Index:
+    """Index arrays of the T x S matrix of every batch entry and head; they broadcast to [B, N, T, S]."""
+
+    def __init__(self, shape: Shape):
+        self.shape, self.T, self.S, self.N = shape, shape.T, shape.S, shape.N
+        self.b = np.arange(shape.B).reshape(-1, 1, 1, 1)
+        self.h = np.arange(shape.N).reshape(-1, 1, 1)
+        self.q = np.arange(shape.T).reshape(-1, 1)
+        self.k = np.arange(shape.S)
+
+    def per(self, array: Any, axes: str = "") -> Any:
+        """An array with axes [*batch, axes...] (or broadcastable, right-aligned) laid out as [B, n, t, s]."""
+        sizes = {"n": self.N, "t": self.T, "s": self.S}
+        xp = jnp if isinstance(array, jax.Array) else np
+        full = xp.broadcast_to(array, (*self.shape.batch, *(sizes[a] for a in axes)))
+        return full.reshape(self.shape.B, *(sizes[a] if a in axes else 1 for a in "nts"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What the dense formula needs besides the float arrays.
+
+    `visible` and `kept` are booleans [B, N, T, S]; `score(s, index, x)` is the chain of score modifiers.
+    """
+
+    shape: Shape
+    visible: np.ndarray | None = None
+    score: Callable[[Any, Index, Arrays], Any] | None = None
+    scale: float | None = None
+    kept: np.ndarray | None = None
+    rate: float = 0.0
+
+
+class Answer(NamedTuple):
+    """Everything first-order that attention says: value, reverse mode, forward mode."""
+
+    out: Any
+    lse: Any
+    gradients: Arrays
+    out_tangent: Any
+    lse_tangent: Any
+
+
+def dense(x: Arrays, problem: Problem) -> tuple[Any, Any]:
+    """softmax(score(scale q kᵀ)) v and its log-sum-exp, all of it in the dtype of the query.
+
+    A row that may attend to nothing gives 0 and -inf. Arguments are replaced before `exp` and `log`, not only
+    their results after, because the derivative of the branch not taken is computed too, and 0 * inf is NaN.
+    """
+    shape, index = problem.shape, Index(problem.shape)
+    x = {name: a.astype(x["query"].dtype) for name, a in x.items()}
+    q = x["query"].reshape(shape.B, shape.T, shape.N, shape.H)
+    k = x["key"].reshape(shape.B, shape.S, shape.K, shape.H).repeat(shape.N // shape.K, axis=2)
+    v = x["value"].reshape(shape.B, shape.S, shape.K, shape.V).repeat(shape.N // shape.K, axis=2)
+
+    scale = shape.H**-0.5 if problem.scale is None else problem.scale
+    s = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
+    if problem.score is not None:
+        s = problem.score(s, index, x)
+    visible = s > -jnp.inf
+    if problem.visible is not None:
+        visible &= problem.visible
+
+    m = jnp.max(jnp.where(visible, s, -jnp.inf), axis=-1)
+    sink = x["sinks"][:, None] if "sinks" in x else None
+    if sink is not None:
+        m = jnp.maximum(m, sink)
+    m = jax.lax.stop_gradient(jnp.where(m > -jnp.inf, m, 0))
+    e = jnp.where(visible, jnp.exp(jnp.where(visible, s - m[..., None], 0)), 0)
+    total = e.sum(-1)
+    if sink is not None:
+        total += jnp.exp(sink - m)
+    some = total > 0
+    divisor = jnp.where(some, total, 1)
+    w = e / divisor[..., None]
+    if problem.kept is not None:
+        w = jnp.where(problem.kept, w / (1 - problem.rate), 0)
+
+    out = jnp.einsum("bnts,bsnv->btnv", w, v).reshape(*shape.batch, shape.T, shape.N, shape.V)
+    lse = jnp.where(some, m + jnp.log(divisor), -jnp.inf)
+    return out, lse.transpose(0, 2, 1).reshape(*shape.batch, shape.T, shape.N)
+
+
+def differentiate(function: Callable, x: Arrays, tangents: Arrays, cotangents: tuple[Any, Any]) -> Answer:
+    """Value, vector-Jacobian and Jacobian-vector product of `function: x -> (out, lse)`."""
+    (out, lse), pull = jax.vjp(function, x)
+    (gradients,) = pull(cotangents)
+    _, (out_tangent, lse_tangent) = jax.jvp(function, (x,), (tangents,))
+    return Answer(out, lse, gradients, out_tangent, lse_tangent)
+
+
+class Expected(NamedTuple):
+    """The oracle's answer, and for each of its arrays the largest error an implementation may make."""
+
+    answer: Answer
+    allowed: Answer
+
+    def check(self, got: Answer) -> None:
+        """Raises AssertionError, naming every array of `got` that is further from the oracle than allowed."""
+        failures = []
+        names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(self.answer)[0]]
+        leaves = [jax.tree.leaves(tree) for tree in (got, self.answer, self.allowed)]
+        for name, one, want, allowed in zip(names, *leaves, strict=True):
+            one = np.asarray(one)
+            if one.shape != want.shape:
+                failures.append(f"{name}: shape {one.shape}, expected {want.shape}")
+            elif not np.array_equal(np.isneginf(one), np.isneginf(want)):
+                failures.append(f"{name}: -inf where it is not expected, or the other way round")
+            elif not (error := worst(one, want)) <= allowed:  # written so that NaN is a failure
+                failures.append(f"{name}: error {error:.3e}, allowed {float(allowed):.3e}")
+        if failures:
+            raise AssertionError("further from the float64 oracle than allowed\n  " + "\n  ".join(failures))
+
+
+def worst(got: Any, want: Any) -> float:
+    """Largest absolute difference; -inf in the oracle counts as 0 (its place is compared apart), NaN stays NaN."""
+    finite = np.isfinite(want)
+    return float(np.max(np.abs(np.asarray(got).astype(np.float64)[finite] - want[finite]), initial=0.0))
+
+
+def expected(problem: Problem, x: Arrays, tangents: Arrays, cotangents: tuple[Any, Any]) -> Expected:
+    """The oracle's answer at exactly these (rounded) inputs, with the error budget of the query's dtype.
+
+    allowed = 2 (error of the plain dense formula in that dtype + eps max|oracle|)
+
+    - lse is float32 for bfloat16 and float16 queries, so there the plain formula and eps are float32's.
+    - For float64 the plain formula is the oracle itself. Its error is taken from float32, where it can be
+      measured, times the ratio of the two eps; it is added once more because the oracle makes it too.
+    """
+    dtype = str(x["query"].dtype)
+    inputs = (x, tangents, cotangents)
+    answer = _dense_answer(problem, inputs, "float64")
+    if dtype == "float64":
+        rounded = _cast(inputs, "float32")
+        single = _errors(problem, rounded, "float32", _dense_answer(problem, rounded, "float64"))
+        errors = jax.tree.map(lambda e: e * _eps("float64") / _eps("float32"), single)
+        allowed = jax.tree.map(lambda a, e: a + e, _allowed(errors, answer, dtype), errors)
+        return Expected(answer, allowed)
+    allowed = _allowed(_errors(problem, inputs, dtype, answer), answer, dtype)
+    if dtype in HALVES:
+        single = _allowed(_errors(problem, inputs, "float32", answer), answer, "float32")
+        allowed = allowed._replace(lse=single.lse, lse_tangent=single.lse_tangent)
+    return Expected(answer, allowed)
+
+
+def _allowed(errors: Answer, answer: Answer, dtype: str) -> Answer:
+    largest = lambda a: np.max(np.abs(a), where=np.isfinite(a), initial=0.0)
+    return jax.tree.map(lambda e, a: 2 * (e + _eps(dtype) * float(largest(a))), errors, answer)
+
+
+def _errors(problem: Problem, inputs: Any, dtype: str, answer: Answer) -> Answer:
+    return jax.tree.map(worst, _dense_answer(problem, inputs, dtype), answer)
+
+
+def _eps(dtype: str) -> float:
+    return float(jnp.finfo(dtype).eps)
+
+
+def _dense_answer(problem: Problem, inputs: Any, dtype: str) -> Answer:
+    """The dense formula and its derivatives, eagerly: small programs are compiled once and shared by all cases."""
+    with jax.enable_x64(True):
+        answer = differentiate(functools.partial(dense, problem=problem), *_cast(inputs, dtype))
+        return jax.tree.map(lambda a: np.asarray(a).astype(np.float64), answer)
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    with jax.enable_x64(True):
+        return jax.tree.map(lambda a: jnp.asarray(np.asarray(a), dtype), tree)
+
+
+def t5_bucket(relative: int, bidirectional: bool, num_buckets: int, max_distance: int) -> int:
+    """Bucket of relative = key - query (Raffel et al., 2020, section 2.1 and the code released with it).
+
+    Half of the buckets are for one position each, the rest grow with the logarithm up to `max_distance`. The
+    comparison of logarithms is done on integers, where it cannot be rounded to the wrong side.
+    """
+    first, distance = 0, -relative
+    if bidirectional:
+        num_buckets //= 2
+        first = num_buckets if relative > 0 else 0
+        distance = abs(distance)
+    distance = max(distance, 0)
+    exact = num_buckets // 2
+    if distance < exact:
+        return first + distance
+    rest, step = num_buckets - exact, 0
+    # distance >= exact (max_distance / exact)^((step + 1) / rest)
+    while step + 1 < rest and distance**rest * exact ** (step + 1) >= max_distance ** (step + 1) * exact**rest:
+        step += 1
+    return first + exact + step
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """Slopes of Press et al., 2022, section 3: 2^(-8/n), its square, its cube ... for n a power of two.
+
+    Other n (the authors' code): the slopes of the power of two below, then every other one of the power above.
+    """
+    below = 2 ** int(math.floor(math.log2(heads)))
+    slopes = [2.0 ** (-8.0 * (i + 1) / below) for i in range(below)]
+    above = [2.0 ** (-8.0 * (i + 1) / (2 * below)) for i in range(2 * below)]
+    return slopes + above[0::2][: heads - below]

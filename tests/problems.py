@@ -1,0 +1,170 @@
+"""Draws the arrays of a case, runs attnjax on them and asks the oracle about the same arrays. Holds no cases."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import MaskCase, ScoreCase
+from oracle import HALVES, Answer, Arrays, Expected, Index, Problem, Shape, differentiate, expected
+
+import attnjax
+from attnjax.core.dropout import keep
+from attnjax.kernels import xla
+
+# Every implementation is tried on everything: a new kernel joins with one line. The small tiles cut T = 37 and
+# S = 53 into several, with a remainder on both sides.
+IMPLEMENTATIONS = {
+    "reference": None,
+    "xla": xla.Config(block_q=16, block_k=16),
+}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+# Hundreds of small programs are compiled once and run once: LLVM's optimisations would take most of the time.
+# What users run is the optimised code, so the cases outside the big cross are compiled with the defaults.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A mask, a score and a shape."""
+
+    mask: MaskCase
+    score: ScoreCase
+    shape: Shape = Shape()
+
+    def __post_init__(self):
+        if self.mask.square and self.shape.T != self.shape.S:
+            object.__setattr__(self, "shape", dataclasses.replace(self.shape, S=self.shape.T))
+
+    def __repr__(self) -> str:
+        return f"{self.mask.name}-{self.score.name}"
+
+    def inner(self) -> Case:
+        return dataclasses.replace(self, shape=self.shape.inner())
+
+
+class Inputs(NamedTuple):
+    """Everything drawn for a case: float arrays, the mask's arrays, and where the derivatives are taken."""
+
+    x: Arrays
+    d: Arrays
+    tangents: Arrays
+    cotangents: tuple[Any, Any]
+
+
+def precision(dtype: str) -> contextlib.AbstractContextManager:
+    """float64 exists only inside `jax.enable_x64`."""
+    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
+
+
+def draw(case: Case, dtype: str, seed: int = 0) -> Inputs:
+    """The same numbers for every implementation, rounded to `dtype`.
+
+    Score operands are bfloat16 beside bfloat16 but float32 beside float16, so that both habits are tried.
+    """
+    rng = np.random.default_rng(zlib.crc32(f"{case} {seed}".encode()))
+    shape = case.shape
+    x = {name: rng.normal(size=size) for name, size in shape.query_key_value().items()}
+    operands = case.score.operands(rng, shape)
+    d = {name: jnp.asarray(a) for name, a in case.mask.arrays(rng, shape).items()}
+    dtypes = dict.fromkeys(x, dtype) | dict.fromkeys(operands, "float32" if dtype == "float16" else dtype)
+    x = {name: jnp.asarray(a, dtypes[name]) for name, a in (x | operands).items()}
+    tangents = {name: jnp.asarray(rng.normal(size=a.shape), a.dtype) for name, a in x.items()}
+    rows = (*shape.batch, shape.T, shape.N)
+    lse_dtype = "float32" if dtype in HALVES else dtype
+    cotangents = (jnp.asarray(rng.normal(size=(*rows, shape.V)), dtype), jnp.asarray(rng.normal(size=rows), lse_dtype))
+    return Inputs(x, d, tangents, cotangents)
+
+
+def problem(case: Case, d: Arrays) -> Problem:
+    """The case in the words of the oracle."""
+    shape, index = case.shape, Index(case.shape)
+    full = (shape.B, shape.N, shape.T, shape.S)
+    visible = np.broadcast_to(case.mask.rule(index, {name: np.asarray(a) for name, a in d.items()}), full)
+    rate, seed = case.score.dropout or (0.0, 0)
+    kept = None
+    if rate:
+        kept = np.broadcast_to(np.asarray(keep(np.uint32(seed), index.b, index.h, index.q, index.k, rate)), full)
+    return Problem(shape, visible, case.score.rule, case.score.scale, kept, rate)
+
+
+def expect(case: Case, inputs: Inputs) -> Expected:
+    return expected(problem(case, inputs.d), inputs.x, inputs.tangents, inputs.cotangents)
+
+
+def expect_mapped(case: Case, inputs: Inputs) -> Expected:
+    """The oracle on every example apart, stacked: what `jax.vmap` over the first batch axis has to give."""
+    inner = case.inner()
+    each = [expect(inner, _example(case, inputs, n)) for n in range(case.shape.batch[0])]
+    stacked = jax.tree.map(lambda *a: np.stack(a), *[e.answer for e in each])
+    return Expected(stacked, jax.tree.map(max, *[e.allowed for e in each]))
+
+
+def _example(case: Case, inputs: Inputs, n: int) -> Inputs:
+    axes = mapped_axes(case, inputs)
+    take = lambda tree, which: {name: a[n] if which[name] == 0 else a for name, a in tree.items()}
+    cotangents = (inputs.cotangents[0][n], inputs.cotangents[1][n])
+    return Inputs(take(inputs.x, axes.x), take(inputs.d, axes.d), take(inputs.tangents, axes.x), cotangents)
+
+
+def mapped_axes(case: Case, inputs: Inputs) -> Inputs:
+    """`in_axes` of `jax.vmap`: 0 for what has batch axes, None for what all examples share."""
+    names = {"query", "key", "value", *case.score.mapped}
+    x = {name: 0 if name in names else None for name in inputs.x}
+    return Inputs(x, {name: 0 if name in case.mask.mapped else None for name in inputs.d}, x, (0, 0))
+
+
+def attend(case: Case, x: Arrays, d: Arrays, implementation: str | None, config: Any = None) -> tuple[Any, Any]:
+    """attnjax's answer: out and lse."""
+    return attnjax.attention(
+        x["query"],
+        x["key"],
+        x["value"],
+        mask=case.mask.mask(d),
+        score=case.score.score(x),
+        scale=case.score.scale,
+        sinks=x.get("sinks"),
+        dropout=attnjax.Dropout(*case.score.dropout) if case.score.dropout else None,
+        implementation=implementation,
+        config=config,
+        return_lse=True,
+    )
+
+
+def solver(case: Case, implementation: str | None, config: Any = None) -> Callable[..., Answer]:
+    """A function of the fields of `Inputs` that gives attnjax's value, gradients and tangents."""
+
+    def solve(x, d, tangents, cotangents):
+        function = functools.partial(attend, case, d=d, implementation=implementation, config=config)
+        return differentiate(function, x, tangents, cotangents)
+
+    return solve
+
+
+def poison(case: Case, inputs: Inputs) -> Inputs:
+    """Puts NaN and infinities into every key, value and query row that takes no part in any visible pair."""
+    shape = case.shape
+    visible = np.asarray(problem(case, inputs.d).visible).reshape(shape.B, shape.K, -1, shape.T, shape.S)
+    keys = visible.any((2, 3)).transpose(0, 2, 1).reshape(*shape.batch, shape.S, shape.K)
+    queries = visible.any(4).reshape(shape.B, shape.N, shape.T).transpose(0, 2, 1)
+    queries = queries.reshape(*shape.batch, shape.T, shape.N)
+    x = dict(inputs.x)
+    for name, seen, bad in [("key", keys, jnp.nan), ("value", keys, jnp.inf), ("query", queries, jnp.nan)]:
+        x[name] = jnp.where(seen[..., None], x[name], jnp.asarray(bad, x[name].dtype))
+    return inputs._replace(x=x)
+
+
+def check_dtypes(inputs: Inputs, answer: Answer) -> None:
+    """out in the query's dtype, lse in that of its cotangent, every gradient in that of its argument."""
+    want = Answer(inputs.cotangents[0], inputs.cotangents[1], inputs.x, *inputs.cotangents)
+    got, want = (jax.tree.map(lambda a: str(a.dtype), tree) for tree in (answer, want))
+    if got != want:
+        raise AssertionError(f"dtypes {got}, expected {want}")

@@ -1,0 +1,244 @@
+"""Every mask x score x dtype x {forward, backward, jvp, vmap, jit} against the float64 oracle, on every implementation.
+
+One program per case gives value, gradients and tangents together, because compiling is what takes the time. The same
+program is run again with NaN and infinities in everything that nobody may see.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import MASKS, SCORE_VARIANTS, SCORES, SHAPES, VARIANTS
+from oracle import HALVES, Shape, expected
+from problems import (
+    DTYPES,
+    FAST_COMPILE,
+    IMPLEMENTATIONS,
+    Case,
+    attend,
+    check_dtypes,
+    draw,
+    expect,
+    expect_mapped,
+    mapped_axes,
+    poison,
+    precision,
+    problem,
+    solver,
+)
+
+from attnjax.kernels import xla
+
+MAPPED = Shape(batch=(2, 3))  # mapped over 2 with a batch of 3 left inside: both more than one
+FULL, COMBINED = MASKS[0], MASKS[-1]
+NONE, EVERYTHING = SCORES[0], SCORES[-1]
+
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def crossed(everything: bool):
+    """(mask, score, dtype, mapped) of the big cross, or of the shorter one that is run by default.
+
+    The shorter one has every pair in float32; every mask without score, and every score with the full and the
+    combined mask, in every dtype; and every pair once more under vmap, in a dtype that changes along the rows and
+    columns so that every mask and every score is mapped in every dtype.
+    """
+    for m, mask in enumerate(MASKS):
+        for n, score in enumerate(SCORES):
+            edge = score is NONE or mask in (FULL, COMBINED)
+            for k, dtype in enumerate(DTYPES):
+                name = f"{mask.name}-{score.name}-{dtype}"
+                if everything or edge or dtype == "float32":
+                    yield pytest.param(Case(mask, score), dtype, False, id=name)
+                if everything or (m + n) % len(DTYPES) == k:
+                    yield pytest.param(Case(mask, score, MAPPED), dtype, True, id=f"{name}-vmap")
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.function is test_cross:
+        metafunc.parametrize("case, dtype, mapped", crossed(metafunc.config.getoption("--full-cross")))
+
+
+@every_implementation
+def test_cross(case, dtype, mapped, implementation):
+    agrees(case, dtype, implementation, mapped=mapped, poisoned=False)
+
+
+@every_implementation
+@pytest.mark.parametrize("mask", VARIANTS, ids=repr)
+def test_mask_variants(mask, implementation):
+    agrees(Case(mask, NONE), "float32", implementation)
+
+
+@every_implementation
+@pytest.mark.parametrize("mask", [mask for mask in VARIANTS if mask.mapped], ids=repr)
+def test_batched_masks_under_vmap(mask, implementation):
+    agrees(Case(mask, NONE, MAPPED), "float32", implementation, mapped=True)
+
+
+@every_implementation
+@pytest.mark.parametrize("score", SCORE_VARIANTS, ids=repr)
+def test_score_variants(score, implementation):
+    agrees(Case(COMBINED, score), "float32", implementation)
+
+
+@every_implementation
+@pytest.mark.parametrize("score", SCORE_VARIANTS, ids=repr)
+def test_score_variants_under_vmap_in_bfloat16(score, implementation):
+    agrees(Case(COMBINED, score, MAPPED), "bfloat16", implementation, mapped=True)
+
+
+# From here on compiled as users compile, with all of XLA's optimisations.
+
+
+@every_implementation
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape, implementation):
+    agrees(Case(COMBINED, EVERYTHING, shape), "float32", implementation, options=None)
+
+
+@every_implementation
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mask", [COMBINED, *(m for m in MASKS if m.name in ("lengths", "dense"))], ids=repr)
+def test_nothing_hidden_leaks(mask, dtype, implementation):
+    agrees(Case(mask, NONE), dtype, implementation, options=None)
+
+
+CONFIGS = {
+    "default": None,
+    "chosen": xla.Config(),
+    "wide": xla.Config(block_q=8, block_k=32),
+    "tall": xla.Config(block_q=32, block_k=8),
+    "one_row": xla.Config(block_q=1, block_k=64),
+    "one_key": xla.Config(block_q=64, block_k=1),
+    "not_powers_of_two": xla.Config(block_q=7, block_k=11),
+    "larger_than_the_problem": xla.Config(block_q=128, block_k=256),
+    "lanes_1": xla.Config(block_q=16, block_k=16, lanes=1),
+    "lanes_2": xla.Config(block_q=16, block_k=16, lanes=2),
+    "lanes_100": xla.Config(block_q=16, block_k=16, lanes=100),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_xla_configs(config):
+    agrees(Case(COMBINED, EVERYTHING, MAPPED), "float32", "xla", config=config)
+
+
+@every_implementation
+@pytest.mark.parametrize(
+    "case", [*(Case(mask, NONE) for mask in MASKS), *(Case(FULL, score) for score in SCORES[1:])], ids=repr
+)
+def test_eager(case, implementation):
+    """Without an outer jit: masks and scores hold concrete arrays, which may be looked at, unlike traced ones."""
+    inputs = draw(case, "float32")
+    want = expect(case, inputs)
+    got = attend(case, inputs.x, inputs.d, implementation, IMPLEMENTATIONS[implementation])
+    want.check(want.answer._replace(out=got[0], lse=got[1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_implementation_that_is_chosen(dtype):
+    """implementation=None."""
+    agrees(Case(COMBINED, EVERYTHING), dtype, None, config=None, options=None)
+
+
+SUBSETS = {
+    "query": {"query": 0},
+    "key": {"key": 0},
+    "value": {"value": 0},
+    "key_and_value": {"key": 0, "value": 0},
+    "all_from_the_end": {"query": -1, "key": -1, "value": -1},
+    "different_axes": {"query": 1, "key": 2, "value": -2},
+    "sinks": {"sinks": 0},
+    "bias": {"a": 1},
+    "slopes": {"b": -1},
+    "query_and_bias": {"query": 0, "a": 0},
+    "query_ids": {"ids": 0},
+    "value_and_both_ids": {"value": 2, "ids": 1, "key_ids": -1},
+}
+
+
+@every_implementation
+@pytest.mark.parametrize("axes", SUBSETS.values(), ids=SUBSETS)
+def test_vmap_over_a_subset(axes, implementation):
+    """Some arguments mapped, at any axis, the others shared: each example is what a call of its own gives."""
+    case = Case(COMBINED, EVERYTHING)
+    axes = {{"ids": ("d", "a"), "key_ids": ("d", "b")}.get(name, ("x", name)): axis for name, axis in axes.items()}
+    examples = [draw(case, "float32", seed) for seed in range(3)]
+    shared = examples[0]
+    take = lambda field, name, n: getattr(examples[n] if (field, name) in axes else shared, field)[name]
+    each = [
+        shared._replace(**{field: {name: take(field, name, n) for name in getattr(shared, field)} for field in "xd"})
+        for n in range(3)
+    ]
+    stack = lambda field, name: jnp.stack([take(field, name, n) for n in range(3)], axis=axes[field, name])
+    arguments = shared._replace(
+        **{
+            field: {
+                name: stack(field, name) if (field, name) in axes else one for name, one in getattr(shared, field).items()
+            }
+            for field in "xd"
+        }
+    )
+    in_axes = tuple({name: axes.get((field, name)) for name in getattr(shared, field)} for field in "xd")
+    solve = jax.vmap(solver(case, implementation, IMPLEMENTATIONS[implementation]), in_axes=(*in_axes, None, None))
+    got = jax.jit(solve, compiler_options=FAST_COMPILE)(*arguments)
+    for n, inputs in enumerate(each):
+        expect(case, inputs).check(jax.tree.map(lambda a, n=n: a[n], got))
+
+
+@every_implementation
+def test_vmap_of_vmap(implementation):
+    """Two mapped axes and no batch left inside."""
+    shape = Shape(batch=(2, 3))
+    case = Case(COMBINED, EVERYTHING, shape.inner().inner())
+    inputs = draw(Case(COMBINED, EVERYTHING, shape), "float32")
+    axes = mapped_axes(Case(COMBINED, EVERYTHING, shape), inputs)
+    solve = solver(case, implementation, IMPLEMENTATIONS[implementation])
+    twice = jax.vmap(jax.vmap(solve, in_axes=tuple(axes)), in_axes=tuple(axes))
+    got = jax.jit(twice, compiler_options=FAST_COMPILE)(*inputs)
+    pick = lambda tree, which, at: {name: a[at] if which[name] == 0 else a for name, a in tree.items()}
+    for at in [(0, 0), (1, 2)]:
+        cotangents = (inputs.cotangents[0][at], inputs.cotangents[1][at])
+        x, d, tangents = pick(inputs.x, axes.x, at), pick(inputs.d, axes.d, at), pick(inputs.tangents, axes.x, at)
+        expected(problem(case, d), x, tangents, cotangents).check(jax.tree.map(lambda a, at=at: a[at], got))
+
+
+@every_implementation
+def test_gradient_of_vmap(implementation):
+    """Derivatives outside of vmap: what is shared gets the sum over the examples, in its own shape."""
+    case, inner = Case(COMBINED, EVERYTHING, MAPPED), Case(COMBINED, EVERYTHING, MAPPED.inner())
+    inputs = draw(case, "float32")
+    axes = mapped_axes(case, inputs)
+    one = functools.partial(attend, inner, implementation=implementation, config=IMPLEMENTATIONS[implementation])
+    mapped = jax.vmap(lambda x, d: one(x, d), in_axes=(axes.x, axes.d))
+    _, pull = jax.vjp(lambda x: mapped(x, inputs.d), inputs.x)
+    (got,) = pull(inputs.cotangents)
+    want = expect_mapped(case, inputs)
+    shared = [name for name, axis in axes.x.items() if axis is None]
+    total = {name: a.sum(0) if name in shared else a for name, a in want.answer.gradients.items()}
+    allowed = {name: a * (2 if name in shared else 1) for name, a in want.allowed.gradients.items()}  # two summands
+    want = want._replace(answer=want.answer._replace(gradients=total), allowed=want.allowed._replace(gradients=allowed))
+    want.check(want.answer._replace(gradients=got))
+
+
+def agrees(case, dtype, implementation, *, config=..., mapped=False, options=FAST_COMPILE, poisoned=True):
+    """Raises unless one compiled program gives the oracle's value, gradients and tangents in the right dtypes."""
+    config = IMPLEMENTATIONS.get(implementation) if config is ... else config
+    with precision(dtype):
+        inputs = draw(case, dtype)
+        want = expectation(case, dtype, mapped)
+        solve = solver(case.inner() if mapped else case, implementation, config)
+        solve = jax.vmap(solve, in_axes=tuple(mapped_axes(case, inputs))) if mapped else solve
+        solve = jax.jit(solve, compiler_options=options)
+        got = solve(*inputs)
+        check_dtypes(inputs, got)
+        want.check(got)
+        if poisoned:
+            want.check(solve(*poison(case, inputs)))
+
+
+@functools.lru_cache(maxsize=1)  # the implementations of one case are tried one after the other
+def expectation(case, dtype, mapped):
+    return (expect_mapped if mapped else expect)(case, draw(case, dtype))
