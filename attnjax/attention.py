@@ -194,7 +194,7 @@ def build(
     program = Program(
         scale=scale,
         scores=tuple(jax.tree.structure(s) for s in scores),
-        mask=None if mask is None else jax.tree.structure(mask),
+        mask=() if mask is None else (jax.tree.structure(mask),),
         sinks=sinks is not None,
         dropout=float(dropout.rate) if dropping and dropout is not None else 0.0,
         axes=tuple(axes),

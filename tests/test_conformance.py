@@ -57,7 +57,7 @@ def crossed(everything: bool):
 
 def pytest_generate_tests(metafunc):
     if metafunc.function is test_cross:
-        metafunc.parametrize("case, dtype, mapped", crossed(metafunc.config.getoption("--full-cross")))
+        metafunc.parametrize("case, dtype, mapped", list(crossed(metafunc.config.getoption("--full-cross"))))
 
 
 @every_implementation

@@ -25,7 +25,7 @@ class Program:
 
     scale: float
     scores: tuple[Any, ...]  # tree structures
-    mask: Any | None  # a tree structure
+    mask: tuple[Any, ...]  # a tree structure, or nothing
     sinks: bool
     dropout: float  # rate; 0 for none
     axes: tuple[str, ...]  # of every operand but the block map
@@ -37,7 +37,7 @@ class Program:
 
     @property
     def _scores_start(self) -> int:
-        return self._leaves_start + (self.mask.num_leaves if self.mask is not None else 0)
+        return self._leaves_start + sum(structure.num_leaves for structure in self.mask)
 
     @property
     def count(self) -> int:
@@ -46,9 +46,9 @@ class Program:
 
     def mask_of(self, operands: list[Any]) -> Any:
         """The mask with these operands as leaves, or `None`."""
-        if self.mask is None:
+        if not self.mask:
             return None
-        return jax.tree.unflatten(self.mask, operands[self._leaves_start : self._scores_start])
+        return jax.tree.unflatten(self.mask[0], operands[self._leaves_start : self._scores_start])
 
     def score_positions(self) -> tuple[int, ...]:
         """Where the operands of the scores stand."""

@@ -57,9 +57,7 @@ def tile_form(x: Any, axes: str, batch_ndim: int, group: int) -> Any:
     order = [axes.index(a) for a in "hkts" if a in axes] + [i for i, a in enumerate(axes) if a == "."]
     if order != sorted(order):
         x = x.transpose(*range(batch_ndim), *(batch_ndim + i for i in order))
-    sizes = dict(zip(axes, x.shape[batch_ndim:], strict=True)) if "." not in axes else {}
-    if "." in axes:
-        sizes = {a: x.shape[batch_ndim + n] for n, a in enumerate(a for a in "hkts" if a in axes)}
+    sizes = {a: x.shape[batch_ndim + n] for n, a in enumerate(a for a in "hkts" if a in axes)}
     free = x.shape[batch_ndim + sum(a in axes for a in "hkts") :]
     heads = (sizes.get("k", 1), 1)
     if "h" in axes:

@@ -182,7 +182,7 @@ class _Walk:
         rows, sums, pairs = state
         pairs_, rows_ = iter(pairs), iter(self.finish(rows))
         wide = [
-            next(pairs_) if o.by_pair else self._put(b, o, next(rows_), index, q_start=q_start)
+            next(pairs_) if o.by_pair else self._put(b, o, next(rows_), index, q_start=q_start, i=i)
             for b, o in zip(wide, self._wide(), strict=True)
         ]
         return wide, sums
@@ -216,7 +216,7 @@ class _Walk:
 
     def _fresh(self, tile: Tile, i: Any, j: Any) -> Array | None:
         fresh = None
-        if self.lengths["t"] % self.blocks.block_q:
+        if self.lengths["t"] % self.blocks.block_q and not self.overwrite:
             fresh = tile.q >= i * self.blocks.block_q
         if self.lengths["s"] % self.blocks.block_k:
             keys = tile.k >= j * self.blocks.block_k
@@ -270,7 +270,7 @@ class _Walk:
             lambda x: tile_form(x, o.axes, self.n, self.sizes.group), jax.ShapeDtypeStruct(tuple(sizes), o.dtype)
         ).shape
 
-    def _put(self, buffer: Array, o: Output, part: Array, index: tuple, q_start=None, k_start=None) -> Array:
+    def _put(self, buffer: Array, o: Output, part: Array, index: tuple, q_start=None, k_start=None, i=None) -> Array:
         """Adds a part, in tile form, to an output (or writes it, where rows are computed whole)."""
         starts, sizes = self._bounds(o.shape, o.axes, index, q_start, k_start)
         shape = jax.eval_shape(
@@ -281,6 +281,11 @@ class _Walk:
             return part if math.prod(self.chunks) == 1 and not o.by_pair else buffer + part
         if not self.overwrite:
             part = _dynamic_slice(buffer, starts, sizes) + part
+        elif self.lengths["t"] % self.blocks.block_q:  # rows of the block before are not this block's to write
+            axis = self.n + o.axes.index("t")
+            row = q_start + np.arange(self.blocks.block_q, dtype=np.int32)
+            new = (row >= i * self.blocks.block_q).reshape([-1 if a == axis else 1 for a in range(part.ndim)])
+            part = jnp.where(new, part, _dynamic_slice(buffer, starts, sizes))
         return lax.dynamic_update_slice(buffer, part, [jnp.asarray(x, jnp.int32) for x in starts])
 
     def _add(self, total: Array, o: Output, part: Array, k_start: Any) -> Array:
@@ -311,7 +316,7 @@ class _Visits:
                 split = lambda x, axis=axis, lane=lane: x.reshape(*x.shape[:axis], -1, lane, *x.shape[axis + 1 :])
                 low, high = split(low).min(axis + 1), split(high).max(axis + 1)
         ragged = np.zeros(low.shape[-2:], bool)
-        if walk.lengths["t"] % walk.blocks.block_q:
+        if walk.lengths["t"] % walk.blocks.block_q and not walk.overwrite:
             ragged[-1, :] = True
         if walk.lengths["s"] % walk.blocks.block_k:
             ragged[:, -1] = True

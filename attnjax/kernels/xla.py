@@ -285,7 +285,8 @@ def _visible(program: Program, visit: Visit, own: list[Array]) -> Array | None:
         seen = visit.fresh if seen is None else seen & visit.fresh
     if seen is None:
         return None
-    return jnp.broadcast_to(seen, (*(1,) * (len(visit.tile.shape) - seen.ndim), *seen.shape[:-2], *visit.tile.shape[-2:]))
+    lead = (1,) * (len(visit.tile.shape) - max(seen.ndim, 2)) + seen.shape[:-2]
+    return jnp.broadcast_to(seen, (*lead, *visit.tile.shape[-2:]))
 
 
 def _rows(part: Array) -> Array:
