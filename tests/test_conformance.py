@@ -40,18 +40,17 @@ every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS
 def crossed(everything: bool):
     """(mask, score, dtype, mapped) of the big cross, or of the shorter one that is run by default.
 
-    The shorter one has every pair in float32; every mask without score, and every score with the full and the
-    combined mask, in every dtype; and every pair once more under vmap, in a dtype that changes along the rows and
-    columns so that every mask and every score is mapped in every dtype.
+    The shorter one has every pair in float32 under vmap; and without vmap every mask without score, and every score
+    with the full mask, in every dtype. Some of these are mapped in one of the other dtypes, a different one for each.
     """
     for m, mask in enumerate(MASKS):
         for n, score in enumerate(SCORES):
-            edge = score is NONE or mask in (FULL, COMBINED)
+            edge = score is NONE or mask is FULL
             for k, dtype in enumerate(DTYPES):
                 name = f"{mask.name}-{score.name}-{dtype}"
-                if everything or edge or dtype == "float32":
+                if everything or edge:
                     yield pytest.param(Case(mask, score), dtype, False, id=name)
-                if everything or (m + n) % len(DTYPES) == k:
+                if everything or dtype == "float32" or (edge and (m + n) % 3 + 1 == k):
                     yield pytest.param(Case(mask, score, MAPPED), dtype, True, id=f"{name}-vmap")
 
 
@@ -84,8 +83,9 @@ def test_score_variants(score, implementation):
 
 
 @every_implementation
-@pytest.mark.parametrize("score", SCORE_VARIANTS, ids=repr)
-def test_score_variants_under_vmap_in_bfloat16(score, implementation):
+@pytest.mark.parametrize("name", ["sinks", "dropout", "bias_batch_keys", "bias_full", "alibi_batched", "function_indices"])
+def test_score_variants_under_vmap_in_bfloat16(name, implementation):
+    (score,) = (score for score in SCORE_VARIANTS if score.name == name)
     agrees(Case(COMBINED, score, MAPPED), "bfloat16", implementation, mapped=True)
 
 
@@ -100,9 +100,9 @@ def test_shapes(shape, implementation):
 
 @every_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mask", [COMBINED, *(m for m in MASKS if m.name in ("lengths", "dense"))], ids=repr)
-def test_nothing_hidden_leaks(mask, dtype, implementation):
-    agrees(Case(mask, NONE), dtype, implementation, options=None)
+def test_nothing_hidden_leaks(dtype, implementation):
+    (lengths,) = (mask for mask in MASKS if mask.name == "lengths")
+    agrees(Case(lengths, NONE), dtype, implementation, options=None)
 
 
 CONFIGS = {

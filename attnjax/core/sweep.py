@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from attnjax.core.program import Problem
-from attnjax.core.walk import Output, Visit, reduce_to, walk
+from attnjax.core.walk import Output, Visit, level, reduce_to, walk
 from attnjax.tuning import choose_blocks
 
 Array = jax.Array
@@ -120,7 +120,8 @@ class _Derivative:
         def moving(*values: Array) -> list[Array]:
             return self.fn(visit, *_replaced(primals, self.moved, values))
 
-        return jax.jvp(moving, tuple(primals[i] for i in self.moved), tuple(tangents))[1]
+        pairs = [level(primals[i], t) for i, t in zip(self.moved, tangents, strict=True)]
+        return jax.jvp(moving, *zip(*pairs, strict=True))[1]
 
 
 @dataclasses.dataclass(frozen=True)

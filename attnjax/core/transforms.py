@@ -21,6 +21,7 @@ from jax.interpreters import ad
 from attnjax.core.dispatch import PLATFORMS, choose
 from attnjax.core.program import Problem
 from attnjax.core.sweep import instantiate, lead, register
+from attnjax.core.walk import level
 
 Array = jax.Array
 Wanted = tuple[tuple[int, tuple[int, ...]], ...]  # positions of operands and the shapes of their gradients
@@ -150,7 +151,8 @@ def _derivative(body: Any, primals: list, tangents: list) -> list[Array]:
             args[i] = x
         return body(*args, platform="")
 
-    return list(jax.jvp(moving, tuple(primals[i] for i in moved), tuple(tangents[i] for i in moved))[1])
+    pairs = [level(primals[i], tangents[i]) for i in moved]
+    return list(jax.jvp(moving, *zip(*pairs, strict=True))[1])
 
 
 def _register() -> None:

@@ -79,6 +79,12 @@ def reduce_to(x: Array, shape: tuple[int, ...]) -> Array:
     return x.sum(axes, keepdims=True) if axes else x
 
 
+def level(a: Array, b: Array) -> tuple[Array, Array]:
+    """Both arrays at their common shape (a tangent may have lanes that its primal does not depend on)."""
+    shape = jnp.broadcast_shapes(a.shape, b.shape)
+    return jnp.broadcast_to(a, shape), jnp.broadcast_to(b, shape)
+
+
 def walk(
     problem: Problem,
     blocks: Blocks,

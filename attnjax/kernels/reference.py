@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from attnjax.core.program import Problem
 from attnjax.core.softmax import finite
 from attnjax.core.tiles import Tile, from_tile_form, tile_form
+from attnjax.core.walk import level
 
 Array = jax.Array
 
@@ -68,7 +69,8 @@ def tangent(
 ) -> tuple[Array, Array]:
     """Tangents of the output and the log-sum-exp, linear in the tangents of the operands in `moved`."""
     f = lambda *some: forward(problem, _with(operands, moved, some), "")
-    return jax.jvp(f, tuple(operands[i] for i in moved), tuple(tangents))[1]
+    pairs = [level(operands[i], t) for i, t in zip(moved, tangents, strict=True)]
+    return jax.jvp(f, *zip(*pairs, strict=True))[1]
 
 
 def backward(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from attnjax.core.program import Problem, Program
 from attnjax.core.softmax import add_sinks, finite, merge_max
 from attnjax.core.sweep import product_type, sweep
-from attnjax.core.walk import Output, Visit, walk
+from attnjax.core.walk import Output, Visit, level, walk
 from attnjax.tuning import choose_blocks
 
 Array = jax.Array
@@ -247,15 +247,10 @@ class _View:
     def pushed(self, d_raw: Array, d_leaves: list[Array | None]) -> Array:
         """The tangent of the logits from those of the raw logits and of the scores' operands."""
         moved = [n for n, d in enumerate(d_leaves) if d is not None]
-
-        def modify(raw: Array, *some: Array) -> Array:
-            leaves = list(self.leaves)
-            for n, leaf in zip(moved, some, strict=True):
-                leaves[n] = leaf
-            return self.program.modify(raw, self.visit.tile, leaves)
-
-        primals = (self.raw, *(self.leaves[n] for n in moved))
-        d_logits = jax.jvp(modify, primals, (d_raw, *(d_leaves[n] for n in moved)))[1]
+        d_logits = d_raw
+        if self.program.scores:
+            pairs = [level(self.raw, d_raw), *(level(self.leaves[n], d_leaves[n]) for n in moved)]
+            d_logits = jax.jvp(self._modify(moved), *zip(*pairs, strict=True))[1]
         return d_logits if self.visible is None else jnp.where(self.visible, d_logits, 0)
 
     def pulled(self, d_logits: Array, wanted: tuple[int, ...]) -> tuple[Array, dict[int, Array]]:
@@ -264,6 +259,15 @@ class _View:
             d_logits = jnp.where(self.visible, d_logits, 0)
         positions = self.program.score_positions()
         moved = [n for n, i in enumerate(positions) if i in wanted]
+        lanes = self.visit.tile.lanes  # a gradient is wanted per lane, also where the operand is shared by all
+        wide = [jnp.broadcast_to(self.leaves[n], (*lanes, *self.leaves[n].shape[len(lanes) :])) for n in moved]
+        raw, d_logits = level(self.raw, d_logits)
+        _, pull = jax.vjp(self._modify(moved), raw, *wide)
+        d_raw, *d_leaves = pull(d_logits)
+        return d_raw, {positions[n]: d for n, d in zip(moved, d_leaves, strict=True)}
+
+    def _modify(self, moved: list[int]) -> Any:
+        """The scores as a function of the raw logits and of some of their operands."""
 
         def modify(raw: Array, *some: Array) -> Array:
             leaves = list(self.leaves)
@@ -271,9 +275,7 @@ class _View:
                 leaves[n] = leaf
             return self.program.modify(raw, self.visit.tile, leaves)
 
-        _, pull = jax.vjp(modify, self.raw, *(self.leaves[n] for n in moved))
-        d_raw, *d_leaves = pull(d_logits)
-        return d_raw, {positions[n]: d for n, d in zip(moved, d_leaves, strict=True)}
+        return modify
 
 
 def _visible(program: Program, visit: Visit, own: list[Array]) -> Array | None:
