@@ -8,6 +8,8 @@ from attnjax.attention import dot_product_attention as dot_product_attention
 from attnjax.attention import full_attention as full_attention
 from attnjax.core.blocks import BlockMap as BlockMap
 from attnjax.core.softmax import merge as merge
+from attnjax.explain import Explanation as Explanation
+from attnjax.explain import explain as explain
 from attnjax.masks import Causal as Causal
 from attnjax.masks import Chunked as Chunked
 from attnjax.masks import Dense as Dense

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from attnjax.core.program import Problem
 
@@ -24,11 +23,12 @@ class Blocks:
     lanes_kv: int
 
 
-# Rows (queries times the group), keys, and pairs of a tile. Measured on two Zen 5 cores at S from 512 to 16384: below
-# 512 rows the threads of a matrix product wait for each other, above a million pairs a tile leaves the second-level
-# cache. On accelerators a tile must fill the device, so many heads go together.
-_TARGETS = {"cpu": (512, 512, 2**18), None: (512, 1024, 2**24)}
-_DENSE_PAIRS = 2**18  # on a CPU a problem with fewer logits is one tile
+# Rows (queries times the group) and keys of a tile, and pairs of all lanes that are computed together. Measured on two
+# Zen 5 cores at S from 512 to 16384: below 512 rows the threads of a matrix product wait for each other, above a
+# million pairs a tile leaves the second-level cache. On accelerators a tile must fill the device, so many heads go
+# together.
+_TARGETS = {"cpu": (512, 512, 2**18), None: (512, 512, 2**24)}
+_FEW_ROWS = 2**16  # pairs of a tile with few rows (decoding), which is made wider instead
 
 
 def choose_blocks(problem: Problem, platform: str) -> Blocks:
@@ -42,7 +42,7 @@ def choose_blocks(problem: Problem, platform: str) -> Blocks:
         block_q, block_k = problem.blocks
     else:
         block_q = asked_q or _even(t, max(16, rows // sizes.group))
-        wide = max(keys, _power_below(pairs // (4 * min(block_q * sizes.group, rows))))
+        wide = max(keys, _FEW_ROWS // min(block_q * sizes.group, rows))
         block_k = asked_k or _even(s, wide)
     block_q, block_k = min(block_q, t), min(block_k, s)
     budget = getattr(config, "lanes", None) or max(1, pairs // (block_q * sizes.group * block_k))
@@ -68,6 +68,3 @@ def _even(length: int, target: int) -> int:
 def _divisor(size: int, most: int) -> int:
     return max((d for d in range(1, min(size, most) + 1) if size % d == 0), default=1)
 
-
-def _power_below(x: int) -> int:
-    return 2 ** int(math.log2(x)) if x >= 1 else 1

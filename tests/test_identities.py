@@ -84,7 +84,7 @@ def test_gradients_through_a_merge_are_those_of_the_whole(attend, qkv, rng):
     got = jax.jit(jax.grad(loss(functools.partial(split, attend))))(qkv)
     want = jax.jit(jax.grad(loss(attend)))(qkv)
     x = dict(zip(("query", "key", "value"), qkv))
-    allowed = expected(Problem(Shape()), x, x, (weight, jnp.zeros((2, T, N)))).allowed.gradients
+    allowed = expected(Problem(Shape(batch=(2,))), x, x, (weight, jnp.zeros((2, T, N)))).allowed.gradients
     for name, one, other in zip(x, got, want):
         close(one, other, 2 * allowed[name])
 
@@ -178,7 +178,7 @@ def test_grouped_heads_are_repeated_ones(attend, qkv, rng):
     got = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
     want = jax.jit(jax.grad(lambda q, k, v: loss(q, repeat(k), repeat(v)), (0, 1, 2)))(q, k, v)
     x = dict(zip(("query", "key", "value"), qkv))
-    allowed = expected(Problem(Shape()), x, x, (weight, jnp.zeros((2, T, N)))).allowed.gradients
+    allowed = expected(Problem(Shape(batch=(2,))), x, x, (weight, jnp.zeros((2, T, N)))).allowed.gradients
     for name, one, other in zip(x, got, want):
         close(one, other, 2 * allowed[name])
 

@@ -322,7 +322,7 @@ def test_a_score_and_a_window_and_sinks_together(attend, qkv, array):
     t, s = np.arange(T)[:, None], np.arange(S)
     visible = np.broadcast_to((t - 9 <= s) & (s <= t + 2), (2, N, T, S))
     chain = lambda logits, i, x: 5 * jnp.tanh(logits / 5) + x["bias"]
-    problem = Problem(Shape(), visible, chain)
+    problem = Problem(Shape(batch=(2,)), visible, chain)
     want = dense(dict(query=q, key=k, value=v, sinks=sinks, bias=bias), problem)
     got = attend(q, k, v, mask=aj.Window(9, 2), score=(aj.SoftCap(5.0), aj.Bias(bias)), sinks=sinks)
     for one, other in zip(got, want):

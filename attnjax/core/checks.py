@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +37,8 @@ def check_arrays(query: Any, key: Any, value: Any) -> None:
     for name, x in named.items():
         if x.ndim < 3:
             raise ValueError(f"{name} must have at least 3 axes, [*B, length, heads, size], got {x.ndim}. {context}")
+    import chex  # takes as long to import as all of attnjax, and is needed at the first call only
+
     rule = "query [*B, T, N, H], key [*B, S, K, H], value [*B, S, K, V]"
     try:
         chex.assert_equal_rank([query, key, value])

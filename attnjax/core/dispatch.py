@@ -11,6 +11,7 @@ from attnjax.kernels import reference, xla
 
 KERNELS: dict[str, ModuleType] = {"xla": xla, "reference": reference}
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+PARTS = ("forward", "backward", "tangent", "higher")  # higher: derivatives of second order and up
 
 _ORDER = {"cpu": ("xla",), "cuda": ("xla",), "rocm": ("xla",), "tpu": ("xla",)}
 
@@ -37,7 +38,7 @@ def check_name(implementation: str | None) -> None:
 
 
 def choose(problem: Problem, platform: str, part: str) -> Choice:
-    """The implementation for a part: "forward", "tangent", "backward" or "higher" (derivatives of second order and up).
+    """The implementation for one of `PARTS`.
 
     Raises:
       NotImplementedError: the implementation that was named cannot take the problem.

@@ -54,6 +54,10 @@ class Program:
         """Where the operands of the scores stand."""
         return tuple(range(self._scores_start, len(self.axes)))
 
+    def map_positions(self) -> tuple[int, ...]:
+        """Where the operands stand that decide which blocks are visited."""
+        return (len(self.axes),) if self.has_map else tuple(range(self._leaves_start, self._scores_start))
+
     def sinks_of(self, operands: list[Any]) -> Array | None:
         """The sinks, [*batch, N], or `None`."""
         return operands[3] if self.sinks else None

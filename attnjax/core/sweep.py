@@ -26,10 +26,15 @@ Array = jax.Array
 class TileFunction(Protocol):
     """What is summed: a frozen dataclass, so that equal functions compile once.
 
-    The first operands are those of the problem; `linear` are positions in which the function is linear, jointly.
+    The first operands are those of the problem; `linear` are positions in which the function is linear, jointly;
+    `flipped` are outputs by key that it gives as [..., free, s] (see `core.walk.Output`).
     """
 
-    linear: tuple[int, ...]
+    @property
+    def linear(self) -> tuple[int, ...]: ...
+
+    @property
+    def flipped(self) -> tuple[int, ...]: ...
 
     def __call__(self, visit: Visit, *parts: Array) -> list[Array]: ...
 
@@ -60,6 +65,7 @@ def product_type(problem: Problem, platform: str) -> Any:
 
 def _run(*operands: Array, platform: str, problem: Problem, fn: TileFunction, axes: tuple, outputs: tuple) -> list:
     rows = [o.by_row for o in outputs]
+    outputs = tuple(dataclasses.replace(o, flipped=i in fn.flipped) for i, o in enumerate(outputs))
 
     def start(shape: tuple[int, ...]) -> list[Array]:
         n = len(problem.sizes.batch)
@@ -114,6 +120,10 @@ class _Derivative:
     def linear(self) -> tuple[int, ...]:
         return tuple(range(self.count, self.count + len(self.moved)))
 
+    @property
+    def flipped(self) -> tuple[int, ...]:
+        return self.fn.flipped
+
     def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
         primals, tangents = list(parts[: self.count]), parts[self.count :]
 
@@ -139,6 +149,10 @@ class _Transpose:
         rest = self.count - len(self.of)
         return tuple(range(rest, rest + len(self.live)))
 
+    @property
+    def flipped(self) -> tuple[int, ...]:
+        return ()
+
     def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
         rest = self.count - len(self.of)
         cotangents, fixed = parts[rest : rest + len(self.live)], iter(parts[:rest])
@@ -148,6 +162,7 @@ class _Transpose:
 
         def applied(*values: Array) -> list[Array]:
             made = self.fn(visit, *_replaced(whole, self.of, values))
+            made = [jnp.swapaxes(x, -1, -2) if i in self.fn.flipped else x for i, x in enumerate(made)]
             return [reduce_to(made[i], c.shape) for i, c in zip(self.live, cotangents, strict=True)]
 
         likes = [jax.ShapeDtypeStruct(shape, visit.accumulate) for shape in shapes]

@@ -49,7 +49,10 @@ class Sizes:
 def operand_form(leaf: Any, axes: str, batch_ndim: int) -> Any:
     """Adds the missing leading axes, so that the leaf has all batch axes and all of its own."""
     missing = batch_ndim + len(axes) - leaf.ndim
-    return leaf.reshape((1,) * missing + leaf.shape) if missing else leaf
+    if not missing:
+        return leaf
+    shape = (1,) * missing + tuple(leaf.shape)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.reshape(shape)
 
 
 def tile_form(x: Any, axes: str, batch_ndim: int, group: int) -> Any:

@@ -33,11 +33,15 @@ Step = Callable[["Visit", Any, list[Any]], tuple[Any, list[Array]]]
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """One array that a walk makes: its axes, its shape in operand form (batch axes of size 1 are summed over)."""
+    """One array that a walk makes: its axes, its shape in operand form (batch axes of size 1 are summed over).
+
+    `flipped`: for arrays by key with one free axis, the steps give their parts as [..., free, s] and not [..., s, free].
+    """
 
     axes: str
     shape: tuple[int, ...]
     dtype: Any
+    flipped: bool = False
 
     @property
     def by_row(self) -> bool:
@@ -152,12 +156,13 @@ class _Walk:
             for x, axes in zip(self.operands, self.axes, strict=True)
         ]
         kept = [o for o in self.outputs if not o.by_row and not o.by_pair]
-        sums = [jnp.zeros(self._part_shape(o, whole=True), self.problem.accumulate) for o in kept]
+        shapes = [self._part_shape(o, whole=True) for o in kept]
+        sums = [jnp.zeros(_flip(s) if o.flipped else s, self.problem.accumulate) for o, s in zip(kept, shapes, strict=True)]
         wide = [b for b, o in zip(buffers, self.outputs, strict=True) if o.by_row or o.by_pair]
         wide, sums = _loop(self.counts["t"], lambda i, carry: self._rows(i, carry, index, loaded), (wide, sums))
         wide_, sums_ = iter(wide), iter(sums)
         return [
-            next(wide_) if o.by_row or o.by_pair else self._put(b, o, next(sums_), index)
+            next(wide_) if o.by_row or o.by_pair else self._put(b, o, _unflip(next(sums_), o), index)
             for b, o in zip(buffers, self.outputs, strict=True)
         ]
 
@@ -296,8 +301,9 @@ class _Walk:
 
     def _add(self, total: Array, o: Output, part: Array, k_start: Any) -> Array:
         """Adds a tile's part to the chunk's sum of an output that is not by row."""
-        part = reduce_to(part, self._part_shape(o))
-        axis = self.n + 3
+        shape = self._part_shape(o)
+        part = reduce_to(part, _flip(shape) if o.flipped else shape)
+        axis = total.ndim - 1 if o.flipped else self.n + 3
         if "s" not in o.axes or part.shape == total.shape:
             return total + part
         starts = [k_start if i == axis else 0 for i in range(total.ndim)]
@@ -358,6 +364,15 @@ class _Visits:
         if self.single:
             return (0, 1) if self.any_full else (1, 1)
         return tuple(jnp.asarray(x)[self._at(x, index, i)] for x in (self.partial, self.visited))
+
+
+def _flip(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[..., s, free] to [..., free, s]; the axes of the query stay before them."""
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def _unflip(x: Array, o: Output) -> Array:
+    return jnp.swapaxes(x, -1, -2) if o.flipped else x
 
 
 def _argsort(rank: Array) -> Array:

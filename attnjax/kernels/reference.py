@@ -5,6 +5,7 @@ Its derivatives are JAX's own, of the plain formula, so that they check the tile
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -21,6 +22,13 @@ Array = jax.Array
 def unsupported(problem: Problem, platform: str) -> str | None:
     """A reason why this implementation cannot take the problem, or `None`."""
     return None if problem.config is None else "reference has no config: leave config out"
+
+
+def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
+    """About how much memory each part needs beside its arguments and results: a few T x S matrices."""
+    sizes = problem.sizes
+    matrix = math.prod(sizes.batch) * sizes.heads * sizes.query_length * sizes.key_length * problem.accumulate.itemsize
+    return {"forward": 2 * matrix, "backward": 4 * matrix, "tangent": 4 * matrix}
 
 
 def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ are differentiable again, to any order, because backward and tangent are sweeps 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -45,6 +46,23 @@ class Config:
 def unsupported(problem: Problem, platform: str) -> str | None:
     """A reason why this implementation cannot take the problem, or `None`: it takes everything."""
     return None
+
+
+def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
+    """About how much memory each part needs beside its arguments and results."""
+    sizes, blocks = problem.sizes, choose_blocks(problem, platform)
+    lanes = math.prod(blocks.lanes) * blocks.lanes_kv
+    item = problem.accumulate.itemsize
+    tile = lanes * sizes.group * blocks.block_q * blocks.block_k * item
+    query = lanes * sizes.group * sizes.query_length * item
+    key = lanes * sizes.key_length * item
+    copies = query * problem.head_size + key * (problem.head_size + problem.value_size)
+    rows = math.prod(problem.out_shapes()[1]) * item
+    return {
+        "forward": copies + 2 * tile,
+        "backward": 2 * copies + query * problem.value_size + 3 * tile + 2 * rows,
+        "tangent": 2 * copies + rows * (problem.value_size + 1) + 4 * tile,
+    }
 
 
 def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Array, Array]:
@@ -162,6 +180,10 @@ class _Tangent:
         first = self.program.count + 1
         return tuple(range(first, first + len(self.moved)))
 
+    @property
+    def flipped(self) -> tuple[int, ...]:
+        return ()
+
     def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
         count = len(self.program.axes)
         own, lse = list(parts[:count]), parts[count]
@@ -192,6 +214,12 @@ class _Backward:
     def linear(self) -> tuple[int, ...]:
         return (self.program.count + 1, self.program.count + 2)
 
+    @property
+    def flipped(self) -> tuple[int, ...]:
+        # XLA's matrix product on CPUs is half as fast when its first factor is large and transposed. So the weights
+        # stand second, and the gradients of key and value come out as [free, s].
+        return tuple(n for n, i in enumerate(self.wanted) if i in (1, 2))
+
     def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
         *own, lse, ct_out, delta = parts
         view = _View(self.program, visit, own)
@@ -203,9 +231,9 @@ class _Backward:
         if 0 in self.wanted:
             made[0] = (view.scale * visit.dot("kgts,ksh->kgth", d_raw, view.key))[..., None, :]
         if 1 in self.wanted:
-            made[1] = visit.dot("kgts,kgth->ksh", d_raw, view.query)[..., None, None, :, :]
+            made[1] = visit.dot("kgth,kgts->khs", view.query, d_raw)[..., None, None, :, :]
         if 2 in self.wanted:
-            made[2] = visit.dot("kgts,kgtv->ksv", view.drop(weights), ct_out)[..., None, None, :, :]
+            made[2] = visit.dot("kgtv,kgts->kvs", ct_out, view.drop(weights))[..., None, None, :, :]
         made.update(d_leaves)
         return [made[i] for i in self.wanted]
 

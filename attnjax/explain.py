@@ -1,0 +1,162 @@
+"""`explain`: which implementation would run a call, why not the others, and what it would cost. Runs nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from attnjax.attention import build
+from attnjax.core.dispatch import PARTS, PLATFORMS, Choice, choose
+from attnjax.core.node import describe, is_array
+from attnjax.core.program import Problem
+from attnjax.profiling import attention_bytes, attention_flops
+from attnjax.tuning import Blocks, choose_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; prints as a table.
+
+    Attributes:
+      platform: what the call would be compiled for.
+      choices: part ("forward", "tangent", "backward", "higher") -> the implementation, and why not the others.
+      blocks: the tiles; `None` for an implementation that has none.
+      block_counts: "empty", "partial", "full" -> number of blocks over all batch entries and heads; `None` when that
+        depends on arrays whose values are not known here.
+      flops: part -> floating-point operations in the blocks that are visited (an upper bound where they are not known).
+      bytes: part -> bytes that must be read and written at least.
+      temporary_bytes: part -> memory needed beside arguments and results, estimated.
+    """
+
+    platform: str
+    call: tuple[tuple[str, str], ...]
+    choices: dict[str, Choice]
+    blocks: Blocks | None
+    block_counts: dict[str, int] | None
+    flops: dict[str, int]
+    bytes: dict[str, int]
+    temporary_bytes: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = [f"attention on {self.platform}", *(f"  {name:<7} {text}" for name, text in self.call), ""]
+        rows = [("part", "implementation", "FLOP", "bytes moved", "temporaries")]
+        for part, choice in self.choices.items():
+            known = part in self.flops
+            cost = [_short(self.flops[part], ""), _short(self.bytes[part], "B")] if known else ["", ""]
+            memory = _short(self.temporary_bytes[part], "B", 1024) if known else ""
+            rows.append((_PART_NAMES[part], choice.name, *cost, memory))
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += ["", *self._tiles()]
+        reasons: dict[str, str] = {}
+        for choice in self.choices.values():
+            reasons.update(choice.reasons)
+        lines += ["", *(f"  not {name}: {reason}" for name, reason in reasons.items())]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _tiles(self) -> list[str]:
+        if self.blocks is None:
+            return ["  tiles   none: the whole T x S matrix at once"]
+        lanes = math.prod(self.blocks.lanes) * self.blocks.lanes_kv
+        heads = "1 key/value head" if lanes == 1 else f"{lanes} key/value heads"
+        tiles = f"  tiles   {self.blocks.block_q} queries x {self.blocks.block_k} keys, {heads} at a time"
+        if self.block_counts is None:
+            return [tiles, "  blocks  depend on values that are not known here"]
+        empty, partial, full = (self.block_counts[kind] for kind in ("empty", "partial", "full"))
+        visited = f"{partial + full} of {empty + partial + full} visited: {full} full, {partial} partial"
+        return [tiles, f"  blocks  {visited}; {empty} empty are skipped"]
+
+
+_PART_NAMES = {
+    "forward": "forward",
+    "backward": "backward (grad)",
+    "tangent": "tangent (jvp)",
+    "higher": "second order and up",
+}
+
+
+def explain(query: Any, key: Any, value: Any, *, platform: str | None = None, **options: Any) -> Explanation:
+    """Tells what `attention` would do with these arguments, without doing it.
+
+    Args:
+      query, key, value: as in `attention`; arrays or `jax.ShapeDtypeStruct`.
+      platform: "cpu", "cuda", "rocm" or "tpu"; default: the one that JAX would use now.
+      options: the other arguments of `attention`; their arrays may be `jax.ShapeDtypeStruct` too.
+
+    Returns:
+      An `Explanation`, which prints as a table.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `attention` would.
+
+    Example:
+      >>> import jax
+      >>> from attnjax import Causal, explain
+      >>> q = jax.ShapeDtypeStruct((1, 4096, 8, 64), "float32")
+      >>> print(explain(q, q, q, mask=Causal(), platform="cpu").choices["forward"].name)
+      xla
+    """
+    platform = jax.default_backend() if platform is None else platform
+    platform = "cuda" if platform == "gpu" else platform
+    if platform not in PLATFORMS:
+        raise ValueError(f"platform {platform!r} is unknown: expected one of {list(PLATFORMS)} or None.")
+    options.pop("return_lse", None)
+    problem, operands = build(query, key, value, **options)
+    choices = {part: choose(problem, platform, part) for part in PARTS}
+    blocks = None if choices["forward"].name == "reference" else choose_blocks(problem, platform)
+    pairs, counts = _pairs(problem, operands, blocks)
+    flops = attention_flops(pairs, problem.head_size, problem.value_size)
+    temporaries = {
+        part: choice.kernel.temporary_bytes(problem, platform)[part]
+        for part, choice in choices.items()
+        if part != "higher"
+    }
+    call = [(name, describe(x)) for name, x in (("query", query), ("key", key), ("value", value))]
+    shown = ("mask", "score", "sinks", "dropout")
+    call += [(name, _text(options[name])) for name in shown if options.get(name) is not None]
+    moved = _bytes(problem, operands)
+    return Explanation(platform, tuple(call), choices, blocks, counts, flops, moved, temporaries)
+
+
+def _text(value: Any) -> str:
+    return describe(value) if is_array(value) else repr(value)
+
+
+def _pairs(problem: Problem, operands: list[Any], blocks: Blocks | None) -> tuple[int, dict[str, int] | None]:
+    """Pairs in visited blocks, and the number of blocks of each kind, over all batch entries and heads."""
+    sizes = problem.sizes
+    every = math.prod(sizes.batch) * sizes.heads
+    leaves = [operands[i] for i in problem.program.map_positions()]
+    if blocks is None or any(isinstance(x, (jax.ShapeDtypeStruct, jax.core.Tracer)) for x in leaves):
+        return every * sizes.query_length * sizes.key_length, None
+    kinds = np.asarray(problem.kinds(operands, blocks.block_q, blocks.block_k))
+    rows = np.diff(np.minimum(np.arange(kinds.shape[-2] + 1) * blocks.block_q, sizes.query_length))
+    columns = np.diff(np.minimum(np.arange(kinds.shape[-1] + 1) * blocks.block_k, sizes.key_length))
+    copies = every // max(math.prod(kinds.shape[:-2]), 1)
+    pairs = int(((kinds > 0) * (rows[:, None] * columns)).sum()) * copies
+    names = ("empty", "partial", "full")
+    return pairs, {name: int((kinds == kind).sum()) * copies for kind, name in enumerate(names)}
+
+
+def _bytes(problem: Problem, operands: list[Any]) -> dict[str, int]:
+    """Every argument read and every result written once; masks and scores are read, and differentiated, too."""
+    size = lambda i: math.prod(operands[i].shape) * np.dtype(operands[i].dtype).itemsize
+    more = sum(map(size, range(3, len(operands))))
+    moved = sum(size(i) for i in problem.differentiable[3:])
+    own = attention_bytes(*operands[:3])
+    return {part: count + more + (0 if part == "forward" else moved) for part, count in own.items()}
+
+
+def _short(number: float, unit: str, base: int = 1000) -> str:
+    for prefix in ("", "K", "M", "G", "T", "P"):
+        if number < base or prefix == "P":
+            digits = 0 if not prefix else 1
+            return f"{number:.{digits}f} {prefix}{'i' if base == 1024 and prefix else ''}{unit}".rstrip()
+        number /= base
+    raise AssertionError("unreachable")
