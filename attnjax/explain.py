@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from attnjax.attention import build
 from attnjax.core.dispatch import PARTS, PLATFORMS, Choice, choose
@@ -43,7 +44,7 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"attention on {self.platform}", *(f"  {name:<7} {text}" for name, text in self.call), ""]
-        rows = [("part", "implementation", "FLOP", "bytes moved", "temporaries")]
+        rows: list[tuple[str, ...]] = [("part", "implementation", "FLOP", "bytes moved", "temporaries")]
         for part, choice in self.choices.items():
             known = part in self.flops
             cost = [_short(self.flops[part], ""), _short(self.bytes[part], "B")] if known else ["", ""]
@@ -133,7 +134,7 @@ def _pairs(problem: Problem, operands: list[Any], blocks: Blocks | None) -> tupl
     sizes = problem.sizes
     every = math.prod(sizes.batch) * sizes.heads
     leaves = [operands[i] for i in problem.program.map_positions()]
-    if blocks is None or any(isinstance(x, (jax.ShapeDtypeStruct, jax.core.Tracer)) for x in leaves):
+    if blocks is None or any(isinstance(x, (jax.ShapeDtypeStruct, Tracer)) for x in leaves):
         return every * sizes.query_length * sizes.key_length, None
     kinds = np.asarray(problem.kinds(operands, blocks.block_q, blocks.block_k))
     rows = np.diff(np.minimum(np.arange(kinds.shape[-2] + 1) * blocks.block_q, sizes.query_length))

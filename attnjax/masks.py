@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from attnjax.core.functions import IndexFunction, trace
+from attnjax.core.functions import trace
 from attnjax.core.node import Node, describe, is_array
 from attnjax.core.tiles import Grid, Tile, Values, everything, rows_of
 
@@ -29,7 +30,7 @@ class Mask(Node):
         """Booleans that broadcast to the tile: true where the query may see the key."""
         raise NotImplementedError
 
-    def blocks(self, grid: Grid) -> Array:
+    def blocks(self, grid: Grid) -> Any:
         """The rule for blocks, int8: 0 nothing is seen, 2 all is seen, 1 anything else."""
         raise NotImplementedError
 
@@ -93,7 +94,7 @@ def as_mask(mask: Any) -> Mask:
     if isinstance(mask, Mask):
         return mask
     if isinstance(mask, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-        return Dense(mask)
+        return Dense(mask)  # type: ignore[arg-type]
     raise TypeError(f"mask must be an attnjax Mask or a boolean array, got {type(mask).__name__}.")
 
 
@@ -106,7 +107,7 @@ class And(Mask):
     def evaluate(self, tile: Tile) -> Array:
         return self.left.evaluate(tile) & self.right.evaluate(tile)
 
-    def blocks(self, grid: Grid) -> Array:
+    def blocks(self, grid: Grid) -> Any:
         return _either(np.minimum, jnp.minimum, self.left.blocks(grid), self.right.blocks(grid))
 
     def __repr__(self) -> str:
@@ -122,7 +123,7 @@ class Or(Mask):
     def evaluate(self, tile: Tile) -> Array:
         return self.left.evaluate(tile) | self.right.evaluate(tile)
 
-    def blocks(self, grid: Grid) -> Array:
+    def blocks(self, grid: Grid) -> Any:
         return _either(np.maximum, jnp.maximum, self.left.blocks(grid), self.right.blocks(grid))
 
     def __repr__(self) -> str:
@@ -137,22 +138,20 @@ class Not(Mask):
     def evaluate(self, tile: Tile) -> Array:
         return jnp.logical_not(self.mask.evaluate(tile))
 
-    def blocks(self, grid: Grid) -> Array:
+    def blocks(self, grid: Grid) -> Any:
         return np.int8(2) - self.mask.blocks(grid)
 
     def __repr__(self) -> str:
         return f"~{self.mask!r}"
 
 
-class _Placed(Mask):
-    """A mask over distances: queries may be shifted by `offset`, and by S - T when `at_end`."""
-
-    def _shift(self, where: Tile | Grid) -> Values:
-        shift = where.take(self.offset, "")
-        return shift + (where.key_length - where.query_length) if self.at_end else shift
+def _shift(mask: Causal | Window | Chunked | Dilated, where: Tile | Grid) -> Values:
+    """How far queries are moved: by the mask's `offset`, and by S - T when it is aligned to the end."""
+    shift = where.take(mask.offset, "")
+    return shift + (where.key_length - where.query_length) if mask.at_end else shift
 
 
-class Causal(_Placed):
+class Causal(Mask):
     """Query t sees keys s <= t + offset: the first query and the first key are aligned, as in `jax.nn` and torch.
 
     Args:
@@ -183,17 +182,17 @@ class Causal(_Placed):
         return cls(offset, at_end=True)
 
     def evaluate(self, tile: Tile) -> Array:
-        return tile.k <= tile.q + self._shift(tile)
+        return tile.k <= tile.q + _shift(self, tile)
 
-    def blocks(self, grid: Grid) -> Array:
-        shift = self._shift(grid)
+    def blocks(self, grid: Grid) -> Any:
+        shift = _shift(self, grid)
         return _three(full=grid.k_max <= grid.q_min + shift, empty=grid.k_min > grid.q_max + shift)
 
     def __repr__(self) -> str:
         return _placed_repr("Causal", [] if _is_zero(self.offset) else [describe(self.offset)], self.at_end)
 
 
-class Window(_Placed):
+class Window(Mask):
     """Query t sees keys s with t + offset - left <= s <= t + offset + right, both ends included.
 
     Args:
@@ -233,12 +232,12 @@ class Window(_Placed):
         return cls(left, right, offset, at_end=True)
 
     def evaluate(self, tile: Tile) -> Array:
-        centre = tile.q + self._shift(tile)
+        centre = tile.q + _shift(self, tile)
         seen = tile.k == tile.k if self.left is None else tile.k >= centre - tile.take(self.left, "")
         return seen if self.right is None else seen & (tile.k <= centre + tile.take(self.right, ""))
 
-    def blocks(self, grid: Grid) -> Array:
-        shift = self._shift(grid)
+    def blocks(self, grid: Grid) -> Any:
+        shift = _shift(self, grid)
         kinds = np.int8(2)
         if self.left is not None:
             reach = shift - grid.take(self.left, "")
@@ -256,7 +255,7 @@ class Window(_Placed):
         return _placed_repr("Window", parts, self.at_end)
 
 
-class Chunked(_Placed):
+class Chunked(Mask):
     """Query t sees keys in its own chunk: (t + offset) // size == s // size.
 
     Args:
@@ -283,10 +282,10 @@ class Chunked(_Placed):
 
     def evaluate(self, tile: Tile) -> Array:
         size = tile.take(self.size, "")
-        return (tile.q + self._shift(tile)) // size == tile.k // size
+        return (tile.q + _shift(self, tile)) // size == tile.k // size
 
-    def blocks(self, grid: Grid) -> Array:
-        size, shift = grid.take(self.size, ""), self._shift(grid)
+    def blocks(self, grid: Grid) -> Any:
+        size, shift = grid.take(self.size, ""), _shift(self, grid)
         q_first, q_last = (grid.q_min + shift) // size, (grid.q_max + shift) // size
         return _three_ranges(q_first, q_last, grid.k_min // size, grid.k_max // size)
 
@@ -315,7 +314,7 @@ class Prefix(Mask):
     def evaluate(self, tile: Tile) -> Array:
         return tile.k < tile.take(self.length, "")
 
-    def blocks(self, grid: Grid) -> Array:
+    def blocks(self, grid: Grid) -> Any:
         length = grid.take(self.length, "")
         return _three(full=grid.k_max < length, empty=grid.k_min >= length)
 
@@ -346,7 +345,7 @@ class Segments(Mask):
     def evaluate(self, tile: Tile) -> Array:
         return tile.take(self.query_ids, "t") == tile.take(self.key_ids, "s")
 
-    def blocks(self, grid: Grid) -> Array:
+    def blocks(self, grid: Grid) -> Any:
         return _three_ranges(*grid.ends(self.query_ids, "t"), *grid.ends(self.key_ids, "s"))
 
     def __repr__(self) -> str:
@@ -379,7 +378,7 @@ class Lengths(Mask):
         seen = tile.k == tile.k if self.key is None else tile.k < tile.take(self.key, "")
         return seen if self.query is None else seen & (tile.q < tile.take(self.query, ""))
 
-    def blocks(self, grid: Grid) -> Array:
+    def blocks(self, grid: Grid) -> Any:
         kinds = np.int8(2)
         for length, low, high in ((self.key, grid.k_min, grid.k_max), (self.query, grid.q_min, grid.q_max)):
             if length is not None:
@@ -388,7 +387,7 @@ class Lengths(Mask):
         return kinds
 
 
-class Dilated(_Placed):
+class Dilated(Mask):
     """Query t sees every `stride`-th key, counted from itself: (t + offset - s) % stride == 0.
 
     Args:
@@ -414,9 +413,9 @@ class Dilated(_Placed):
         _check_integer("Dilated", "offset", self.offset)
 
     def evaluate(self, tile: Tile) -> Array:
-        return (tile.q + self._shift(tile) - tile.k) % tile.take(self.stride, "") == 0
+        return (tile.q + _shift(self, tile) - tile.k) % tile.take(self.stride, "") == 0
 
-    def blocks(self, grid: Grid) -> Array:
+    def blocks(self, grid: Grid) -> Any:
         return np.int8(2) if isinstance(self.stride, int) and self.stride == 1 else np.int8(1)
 
 
@@ -446,7 +445,7 @@ class Dense(Mask):
     def evaluate(self, tile: Tile) -> Array:
         return tile.take(self.array, "hts")
 
-    def blocks(self, grid: Grid) -> Array:
+    def blocks(self, grid: Grid) -> Any:
         lowest, highest = grid.ends(self.array, "hts")
         return _three(full=lowest, empty=jnp.logical_not(highest))
 
@@ -468,7 +467,7 @@ class Where(Mask):
       [[[1, 0], [0, 1]], [[1, 1], [1, 1]]]
     """
 
-    predicate: Callable | IndexFunction
+    predicate: Any  # a function when it is given, an IndexFunction from then on
     scan: bool = False
     constants: tuple[Array, ...] = ()
 
@@ -480,7 +479,7 @@ class Where(Mask):
     def evaluate(self, tile: Tile) -> Array:
         return tile.apply(self.predicate, self.constants)
 
-    def blocks(self, grid: Grid) -> Array:
+    def blocks(self, grid: Grid) -> Any:
         return grid.scan(self, self.predicate.uses) if self.scan else np.int8(1)
 
     def __repr__(self) -> str:
@@ -518,7 +517,7 @@ class Permutation(Mask):
         query, key = tile.take(self.order, "t"), tile.take(self.key_order, "s")
         return key < query if self.strict else key <= query
 
-    def blocks(self, grid: Grid) -> Array:
+    def blocks(self, grid: Grid) -> Any:
         (q_low, q_high), (k_low, k_high) = grid.ends(self.order, "t"), grid.ends(self.key_order, "s")
         if self.strict:
             return _three(full=k_high < q_low, empty=k_low >= q_high)
@@ -549,7 +548,7 @@ def _check_integer(node: str, name: str, value: Any, least: int | None = None) -
         raise TypeError(f"{node}: {name} must be an integer or an integer array, got {value!r}.")
     if is_array(value) and not np.issubdtype(value.dtype, np.integer):
         raise TypeError(f"{node}: {name} must be integers, got {describe(value)}.")
-    known = None if isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)) else np.asarray(value)
+    known = None if isinstance(value, (Tracer, jax.ShapeDtypeStruct)) else np.asarray(value)
     if least is not None and known is not None and known.size and known.min() < least:
         raise ValueError(f"{node}: {name} must be at least {least}, got {known.min()}.")
 

@@ -250,9 +250,7 @@ class Chip:
 
 def _chip(name: str, kinds: tuple[str, ...], half: float, single: float | None, bandwidth: float) -> Chip:
     by_dtype = {"bfloat16": half, "float16": half, "float32": single}
-    return Chip(
-        name, kinds, {dtype: rate * 1e12 for dtype, rate in by_dtype.items() if rate}, bandwidth * 1e9
-    )
+    return Chip(name, kinds, {dtype: rate * 1e12 for dtype, rate in by_dtype.items() if rate}, bandwidth * 1e9)
 
 
 # TFLOP/s of 16-bit and of 32-bit products, GB/s. The longest kind that fits counts.
@@ -302,9 +300,7 @@ def describe_machine() -> dict[str, Any]:
         "model": "/".join(about[name] for name in ("cpu family", "model", "stepping") if name in about),
         "features": [feature for feature in _FEATURES if feature in flags],
         "cores": usable_cores(),
-        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if hasattr(os, "sysconf")
-        else None,
+        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None,
         "system": f"{platform.system()} {platform.release()}",
         "platform": devices[0].platform,
         "device": devices[0].device_kind,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnjax.core.functions import IndexFunction, trace
+from attnjax.core.functions import trace
 from attnjax.core.node import Node, describe, is_array
 from attnjax.core.tiles import Tile, everything
 from attnjax.positions import alibi_slopes, relative_position_bucket
@@ -191,7 +190,7 @@ class ScoreFn(Score):
       ScoreFn(function of (score, b, h, q, k), capturing float32[16])
     """
 
-    function: Callable | IndexFunction
+    function: Any  # a function when it is given, an IndexFunction from then on
     constants: tuple[Array, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Block sizes: how a problem is cut into tiles on each platform. Heuristics that always work; nothing is measured here."""
+"""Block sizes: how a problem is cut into tiles on each platform. Rules of thumb; nothing is measured here."""
 
 from __future__ import annotations
 
@@ -67,4 +67,3 @@ def _even(length: int, target: int) -> int:
 
 def _divisor(size: int, most: int) -> int:
     return max((d for d in range(1, min(size, most) + 1) if size % d == 0), default=1)
-

@@ -30,6 +30,7 @@ from attnjax import (
     Where,
     Window,
 )
+from attnjax.masks import And, Or
 
 SEEN, UNSEEN = "#2b6cb0", "#e9edf2"
 PARTIAL, PARTIAL_UNSEEN = "#dd8a12", "#fbe6bf"
@@ -82,7 +83,9 @@ def show(*nodes: Any, size: tuple[int, int] = (12, 12), titles: list[str] | None
     plt.show()
 
 
-def show_blocks(*masks: Mask, size: int = 32, block: int = 8, numbers: bool = False) -> None:
+def show_blocks(
+    *masks: Mask, size: int = 32, block: int = 8, numbers: bool = False, titles: list[str] | None = None
+) -> None:
     """Draws the block map of masks: what is skipped, what needs its mask, what does not.
 
     Args:
@@ -90,10 +93,12 @@ def show_blocks(*masks: Mask, size: int = 32, block: int = 8, numbers: bool = Fa
       size: T and S.
       block: queries and keys of a block.
       numbers: write into each visited block when the kernel comes to it.
+      titles: one per mask; default: what it prints.
     """
     figure, axes = plt.subplots(1, len(masks), figsize=(2.3 * len(masks), 2.85), squeeze=False)
-    for ax, mask in zip(axes.flat, masks, strict=True):
+    for ax, mask, title in zip(axes.flat, masks, titles or [_title(mask, ()) for mask in masks], strict=True):
         _blocks(ax, mask, size, block, numbers)
+        ax.set_title(title, family="monospace")
     handles = [
         Patch(color=UNSEEN, label="empty: skipped"),
         Patch(color=PARTIAL, label="partial: mask is evaluated"),
@@ -184,17 +189,17 @@ def overview(path: str | pathlib.Path) -> None:
         "Causal() & Segments(ids)": Causal() & Segments(documents),
         "Causal() & Chunked(6)": Causal() & Chunked(6),
         "Causal() & Dilated(3)": Causal() & Dilated(3),
-        "Lengths(key=17, query=20)": Lengths(key=17, query=20),
+        "Lengths(17, 20)": Lengths(17, 20),
         "Permutation(order)": Permutation(order),
         "~Window(4, 4)": ~Window(4, 4),
         "Where(2-D neighbours)": Where(_neighbours),
         "Where(q & k == 0)": Where(lambda b, h, q, k: q & k == 0),
     }
-    figure, axes = plt.subplots(2, 6, figsize=(9.6, 3.7))
+    figure, axes = plt.subplots(3, 4, figsize=(7.6, 6.4))
     for ax, (title, mask) in zip(axes.flat, pictured.items(), strict=True):
         _mask(ax, np.asarray(mask.to_array(n, n)), title)
     figure.tight_layout(pad=0.5, w_pad=1.0, h_pad=1.2)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
 
 
@@ -206,9 +211,11 @@ def _neighbours(b: jax.Array, h: jax.Array, q: jax.Array, k: jax.Array) -> jax.A
 def _title(node: Any, index: tuple) -> str:
     """What the node prints, in short lines, and which batch entry and head this is."""
     text = re.sub(r"function of \([a-z, ]*\)", "function", repr(node))
+    if isinstance(node, And | Or):
+        text = text[1:-1]  # the outer parentheses
     lines, line = [], ""
     for word in re.split(r"(?<= [&|]) |(?<=,) ", text):
-        if line and len(line) + len(word) > 24:
+        if line and len(line) + len(word) >= 22:
             lines, line = [*lines, line], word
         else:
             line = f"{line} {word}".strip()
@@ -246,7 +253,6 @@ def _blocks(ax: Axes, mask: Mask, size: int, block: int, numbers: bool) -> None:
     )
     _grid(ax, (size, size), block, 1.5)
     counts = built.counts()
-    ax.set_title(_title(mask, ()), family="monospace")
     ax.set_xlabel(", ".join(f"{count} {kind}" for kind, count in counts.items()), fontsize=7)
     if not numbers:
         return
@@ -255,7 +261,7 @@ def _blocks(ax: Axes, mask: Mask, size: int, block: int, numbers: bool) -> None:
         for j in [*np.flatnonzero(row == 1), *np.flatnonzero(row == 2)]:
             number += 1
             at = [min(n * block + block / 2, size - block / 2) - 0.5 for n in (j, i)]
-            ax.text(*at, str(number), ha="center", va="center", fontsize=7, color="white" if row[j] == 2 else INK)
+            ax.text(*at, str(number), ha="center", va="center", fontsize=7, bbox=dict(fc="white", ec="none", pad=1.5))
 
 
 def _grid(ax: Axes, shape: tuple[int, ...], step: int, width: float) -> None:

@@ -74,9 +74,9 @@ def booleans(axes: str, batched: bool = False, share: float = 0.4) -> Draw:
 
 
 def documents(rng: np.random.Generator, shape: Shape) -> Arrays:
-    """Ids of packed documents: sorted per example, different per example, some keys without any query."""
+    """Ids of packed documents, sorted, different per example, some keys without any query; and a prefix length."""
     ids = lambda length: np.sort(rng.integers(0, 5, (*shape.batch, length)), axis=-1).astype(np.int32)
-    return {"a": ids(shape.T), "b": ids(shape.S)}
+    return {"a": ids(shape.T), "b": ids(shape.S), "c": np.int32(min(9, shape.S))}
 
 
 def order(rng: np.random.Generator, shape: Shape) -> Arrays:
@@ -118,8 +118,8 @@ MASKS = [
     ),
     MaskCase(
         "combined",
-        lambda d: (aj.Causal() | aj.Prefix(9)) & aj.Segments(d["a"], d["b"]) & ~aj.Dilated(4),
-        lambda i, d: (causal(i) | (i.k < 9)) & same(i, d) & ((i.q - i.k) % 4 != 0),
+        lambda d: (aj.Causal() | aj.Prefix(d["c"])) & aj.Segments(d["a"], d["b"]) & ~aj.Dilated(4),
+        lambda i, d: (causal(i) | (i.k < d["c"])) & same(i, d) & ((i.q - i.k) % 4 != 0),
         documents,
         ("a", "b"),
     ),
@@ -186,9 +186,19 @@ VARIANTS = [
         square=True,
     ),
     MaskCase("segments_unsorted", lambda d: aj.Segments(d["a"], d["b"]), same, integers(-2, 4, "t", "s"), ab),
-    MaskCase("segments_disjoint", lambda d: aj.Segments(d["a"], d["b"] + 7), lambda i, d: np.bool_(False), documents, ab),
-    MaskCase("lengths_key", lambda d: aj.Lengths(key=d["a"]), lambda i, d: i.k < i.per(d["a"]), integers(0, 30, ""), ("a",)),
-    MaskCase("lengths_query", lambda d: aj.Lengths(query=d["a"]), lambda i, d: i.q < i.per(d["a"]), integers(0, 30, ""), ("a",)),
+    MaskCase(
+        "segments_disjoint", lambda d: aj.Segments(d["a"], d["b"] + 7), lambda i, d: np.bool_(False), documents, ab
+    ),
+    MaskCase(
+        "lengths_key", lambda d: aj.Lengths(key=d["a"]), lambda i, d: i.k < i.per(d["a"]), integers(0, 30, ""), ("a",)
+    ),
+    MaskCase(
+        "lengths_query",
+        lambda d: aj.Lengths(query=d["a"]),
+        lambda i, d: i.q < i.per(d["a"]),
+        integers(0, 30, ""),
+        ("a",),
+    ),
     MaskCase("lengths_static", lambda d: aj.Lengths(key=33, query=20), lambda i, d: (i.k < 33) & (i.q < 20)),
     MaskCase("dilated_one", lambda d: aj.Dilated(1), everything),
     MaskCase(
@@ -201,9 +211,13 @@ VARIANTS = [
     MaskCase("dense_ts", lambda d: aj.Dense(d["a"]), lambda i, d: d["a"], booleans("ts")),
     MaskCase("dense_bare", lambda d: d["a"], lambda i, d: d["a"], booleans("ts")),
     MaskCase("dense_heads", lambda d: aj.Dense(d["a"]), lambda i, d: d["a"], booleans("nts")),
-    MaskCase("dense_keys", lambda d: aj.Dense(d["a"]), lambda i, d: i.per(d["a"], "nts"), booleans("11s", True), ("a",)),
+    MaskCase(
+        "dense_keys", lambda d: aj.Dense(d["a"]), lambda i, d: i.per(d["a"], "nts"), booleans("11s", True), ("a",)
+    ),
     MaskCase("dense_queries", lambda d: aj.Dense(d["a"]), lambda i, d: d["a"], booleans("nt1")),
-    MaskCase("dense_full", lambda d: aj.Dense(d["a"]), lambda i, d: i.per(d["a"], "nts"), booleans("nts", True), ("a",)),
+    MaskCase(
+        "dense_full", lambda d: aj.Dense(d["a"]), lambda i, d: i.per(d["a"], "nts"), booleans("nts", True), ("a",)
+    ),
     MaskCase("dense_none", lambda d: aj.Dense(d["a"]), lambda i, d: np.bool_(False), booleans("ts", share=-1.0)),
     MaskCase(
         "where_scanned",
@@ -214,7 +228,10 @@ VARIANTS = [
         "where_captured",
         lambda d: aj.Where(lambda b, h, q, k: d["a"][q] >= d["b"][k]),
         lambda i, d: d["a"][i.q] >= d["b"][i.k],
-        lambda rng, shape: {"a": rng.integers(0, 9, shape.T).astype(np.int32), "b": rng.integers(0, 9, shape.S).astype(np.int32)},
+        lambda rng, shape: {
+            "a": rng.integers(0, 9, shape.T).astype(np.int32),
+            "b": rng.integers(0, 9, shape.S).astype(np.int32),
+        },
     ),
     MaskCase(
         "permutation_strict",
@@ -227,7 +244,9 @@ VARIANTS = [
         "permutation_batched",
         lambda d: aj.Permutation(d["a"]),
         lambda i, d: i.per(d["a"], "s") <= i.per(d["a"], "t"),
-        lambda rng, shape: {"a": rng.permuted(np.zeros((*shape.batch, 1), np.int32) + np.arange(shape.T, dtype=np.int32), axis=-1)},
+        lambda rng, shape: {
+            "a": rng.permuted(np.zeros((*shape.batch, 1), np.int32) + np.arange(shape.T, dtype=np.int32), axis=-1)
+        },
         ("a",),
         square=True,
     ),
@@ -268,16 +287,18 @@ def join(*draws: Draw) -> Draw:
     return lambda rng, shape: {name: a for draw in draws for name, a in draw(rng, shape).items()}
 
 
-def buckets(i: Index, offset: int, bidirectional: bool) -> np.ndarray:
+def buckets(i: Index, offset: int, bidirectional: bool) -> Any:
     """T5's bucket of every (query, key), [T, S], for 8 buckets up to distance 20."""
-    return np.vectorize(lambda r: t5_bucket(int(r), bidirectional, 8, 20))(i.k - i.q - offset)
+    first = -i.T - abs(offset)
+    table = [t5_bucket(r, bidirectional, 8, 20) for r in range(first, i.S + abs(offset))]
+    return jnp.asarray(table)[i.k - i.q - offset - first]
 
 
 def relative(s: Any, i: Index, table: Any, offset: int = 0, bidirectional: bool = True) -> Any:
     return s + table[buckets(i, offset, bidirectional)].transpose(2, 0, 1)
 
 
-distance = lambda i, s, offset=0: jnp.asarray(np.abs(i.q + offset - i.k)).astype(s.dtype)
+distance = lambda i, s, offset=0: jnp.abs(i.q + offset - i.k).astype(s.dtype)
 cap = lambda rng, shape: {"cap": np.array(2.5)}
 sinks = normal(sinks="n")
 bias = lambda name, axes, mapped=(): ScoreCase(
@@ -308,7 +329,7 @@ SCORES = [
     ScoreCase(
         "function",
         lambda x: aj.ScoreFn(lambda s, b, h, q, k: s * x["a"][h].astype(s.dtype) + x["b"][k].astype(s.dtype)),
-        lambda s, i, x: s * x["a"][:, None, None] + x["b"],
+        lambda s, i, x: s * i.per(x["a"], "n") + i.per(x["b"], "s"),
         normal(a="n", b="s"),
     ),
     ScoreCase(
@@ -339,7 +360,7 @@ SCORE_VARIANTS = [
     ScoreCase(
         "biases",
         lambda x: (aj.Bias(x["a"]), aj.SoftCap(x["cap"]), aj.Bias(x["b"])),
-        lambda s, i, x: x["cap"] * jnp.tanh((s + x["a"]) / x["cap"]) + x["b"],
+        lambda s, i, x: x["cap"] * jnp.tanh((s + i.per(x["a"], "ts")) / x["cap"]) + i.per(x["b"], "nts"),
         join(normal(a="ts", b="n1s"), cap),
     ),
     ScoreCase(
@@ -368,13 +389,13 @@ SCORE_VARIANTS = [
     ScoreCase(
         "function_distance",
         lambda x: aj.ScoreFn(lambda s, b, h, q, k: s + x["a"][jnp.minimum(jnp.abs(q - k), 7)].astype(s.dtype)),
-        lambda s, i, x: s + x["a"][np.minimum(np.abs(i.q - i.k), 7)],
+        lambda s, i, x: s + x["a"][jnp.minimum(jnp.abs(i.q - i.k), 7)],
         normal(a="8"),
     ),
     ScoreCase(
         "function_nonlinear",
         lambda x: aj.ScoreFn(lambda s, b, h, q, k: jnp.sin(s) * x["a"][h, q].astype(s.dtype) + s),
-        lambda s, i, x: jnp.sin(s) * x["a"][:, :, None] + s,
+        lambda s, i, x: jnp.sin(s) * i.per(x["a"], "nt") + s,
         normal(a="nt"),
     ),
 ]

@@ -152,7 +152,7 @@ def solver(case: Case, implementation: str | None, config: Any = None) -> Callab
 def poison(case: Case, inputs: Inputs) -> Inputs:
     """Puts NaN and infinities into every key, value and query row that takes no part in any visible pair."""
     shape = case.shape
-    visible = np.asarray(problem(case, inputs.d).visible).reshape(shape.B, shape.K, -1, shape.T, shape.S)
+    visible = np.asarray(problem(case, inputs.d).visible).reshape(shape.B, shape.K, shape.N // shape.K, shape.T, shape.S)
     keys = visible.any((2, 3)).transpose(0, 2, 1).reshape(*shape.batch, shape.S, shape.K)
     queries = visible.any(4).reshape(shape.B, shape.N, shape.T).transpose(0, 2, 1)
     queries = queries.reshape(*shape.batch, shape.T, shape.N)

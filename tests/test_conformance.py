@@ -165,7 +165,8 @@ def test_vmap_over_a_subset(axes, implementation):
     arguments = shared._replace(
         **{
             field: {
-                name: stack(field, name) if (field, name) in axes else one for name, one in getattr(shared, field).items()
+                name: stack(field, name) if (field, name) in axes else one
+                for name, one in getattr(shared, field).items()
             }
             for field in "xd"
         }

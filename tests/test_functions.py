@@ -22,7 +22,10 @@ def forward(problem, x):
     """The oracle's out and lse alone, with their budgets."""
     rows = (*problem.shape.batch, problem.shape.T, problem.shape.N)
     dtype = x["query"].dtype
-    cotangents = (jnp.zeros((*rows, problem.shape.V), dtype), jnp.zeros(rows, "float32" if dtype.itemsize < 4 else dtype))
+    cotangents = (
+        jnp.zeros((*rows, problem.shape.V), dtype),
+        jnp.zeros(rows, "float32" if dtype.itemsize < 4 else dtype),
+    )
     return expected(problem, x, x, cotangents)
 
 
@@ -69,7 +72,7 @@ def test_names_take_what_attention_takes(rng):
     bias, sinks = jnp.asarray(rng.normal(size=(SHAPE.N, 1, SHAPE.S)), jnp.float32), jnp.ones(SHAPE.N)
     kwargs = dict(score=aj.Bias(bias), sinks=sinks, scale=0.3, return_lse=True)
     x |= {"sinks": sinks, "bias": bias}
-    problem = Problem(SHAPE, None, lambda s, i, x: s + x["bias"], 0.3)
+    problem = Problem(SHAPE, None, lambda s, i, x: s + i.per(x["bias"], "nts"), 0.3)
     qkv = [x[name] for name in ("query", "key", "value")]
     agrees(problem, x, *aj.full_attention(*qkv, **kwargs))
     agrees(problem, x, *aj.chunked_attention(*qkv, query_chunk_size=16, key_chunk_size=16, **kwargs))
@@ -131,7 +134,9 @@ CALLS = {
 def test_the_drop_in_computes_what_jax_nn_computes(rng, arguments, visible, bias, scale):
     """Ours is within its budget of the oracle; jax.nn is close to the same oracle wherever a row sees something."""
     x = drawn(rng)
-    problem = Problem(SHAPE, np.broadcast_to(visible, full), (lambda s, i, x: s + bias) if bias is not None else None, scale)
+    problem = Problem(
+        SHAPE, np.broadcast_to(visible, full), (lambda s, i, x: s + i.per(jnp.asarray(bias, s.dtype), "nts")) if bias is not None else None, scale
+    )
     out, residual = aj.dot_product_attention(*x.values(), **arguments, return_residual=True)
     agrees(problem, x, out, residual)
     np.testing.assert_array_equal(aj.dot_product_attention(*x.values(), **arguments), out)

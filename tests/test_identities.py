@@ -251,9 +251,11 @@ print(hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in jax.tree.leaves(o
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot bind a process to one core")
 def test_the_number_of_threads_does_not_change_a_bit():
     """The same program in a process with one core and in one with all of them."""
-    run = lambda cores: subprocess.run(
-        [sys.executable, "-c", THREADS, cores], capture_output=True, text=True, check=True, timeout=300
-    ).stdout
+    run = lambda cores: (
+        subprocess.run(
+            [sys.executable, "-c", THREADS, cores], capture_output=True, text=True, check=True, timeout=300
+        ).stdout
+    )
     assert run("one") == run("all") != ""
 
 

@@ -167,4 +167,6 @@ def test_to_array_under_vmap():
     offsets = jnp.array([-1, 0, 4])
     got = jax.vmap(lambda mask: mask.to_array(5, 7))(aj.Causal(offsets))
     np.testing.assert_array_equal(got, aj.Causal(offsets).to_array(5, 7)[:, 0])
-    np.testing.assert_array_equal(got, Index(Shape(batch=(3,), T=5, S=7)).k <= np.arange(5)[:, None] + np.array([-1, 0, 4])[:, None, None])
+    np.testing.assert_array_equal(
+        got, Index(Shape(batch=(3,), T=5, S=7)).k <= np.arange(5)[:, None] + np.array([-1, 0, 4])[:, None, None]
+    )

@@ -145,3 +145,10 @@ def test_an_empty_batch_has_an_answer():
     assert isinstance(expected, Expected) and isinstance(expected.answer, Answer)
     assert expected.answer.out.shape == (0, 2, 3, 2, 2)
     expected.check(expected.answer)
+
+
+def test_the_order_of_queries_and_keys_changes_rounding_alone(small):
+    problem, *inputs = small
+    want = oracle.evaluate(problem, inputs, "float64")
+    got = oracle.evaluate(problem, inputs, "float64", (np.array([2, 0, 3, 1]), np.array([4, 1, 0, 3, 2])))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14), got, want)

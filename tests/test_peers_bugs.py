@@ -136,7 +136,9 @@ def test_what_padding_holds_does_not_leak(attend, qkv, bad):
     clean, pull_clean = run(qkv)
     dirty, pull_dirty = run((hide(q, [9, 30]), hide(k, [20, 33]), hide(v, [20, 33])))
     cotangents = jax.tree.map(jnp.ones_like, clean)
-    for one, other in zip(jax.tree.leaves((dirty, pull_dirty(cotangents))), jax.tree.leaves((clean, pull_clean(cotangents)))):
+    for one, other in zip(
+        jax.tree.leaves((dirty, pull_dirty(cotangents))), jax.tree.leaves((clean, pull_clean(cotangents)))
+    ):
         np.testing.assert_array_equal(one, other)
 
 

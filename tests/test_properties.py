@@ -60,7 +60,9 @@ def node(text, mask, rule):
 
 LEAVES = st.one_of(
     signed.map(lambda o: node(f"Causal({o})", aj.Causal(o), lambda i: i.k <= i.q + o)),
-    signed.map(lambda o: node(f"Causal.aligned_end({o})", aj.Causal.aligned_end(o), lambda i: i.k <= i.q + i.S - i.T + o)),
+    signed.map(
+        lambda o: node(f"Causal.aligned_end({o})", aj.Causal.aligned_end(o), lambda i: i.k <= i.q + i.S - i.T + o)
+    ),
     st.tuples(small, small, signed).map(
         lambda a: node(f"Window{a}", aj.Window(*a), lambda i: (i.q + a[2] - a[0] <= i.k) & (i.k <= i.q + a[2] + a[1]))
     ),
@@ -87,10 +89,14 @@ def combine(masks):
     return st.one_of(
         masks.map(lambda a: Rule(f"~{a}", lambda s: ~a.mask(s), lambda i: ~np.asarray(a.rule(i)))),
         st.tuples(masks, masks).map(
-            lambda p: Rule(f"({p[0]} & {p[1]})", lambda s: p[0].mask(s) & p[1].mask(s), lambda i: p[0].rule(i) & p[1].rule(i))
+            lambda p: Rule(
+                f"({p[0]} & {p[1]})", lambda s: p[0].mask(s) & p[1].mask(s), lambda i: p[0].rule(i) & p[1].rule(i)
+            )
         ),
         st.tuples(masks, masks).map(
-            lambda p: Rule(f"({p[0]} | {p[1]})", lambda s: p[0].mask(s) | p[1].mask(s), lambda i: p[0].rule(i) | p[1].rule(i))
+            lambda p: Rule(
+                f"({p[0]} | {p[1]})", lambda s: p[0].mask(s) | p[1].mask(s), lambda i: p[0].rule(i) | p[1].rule(i)
+            )
         ),
     )
 
@@ -99,16 +105,16 @@ MASK_TREES = st.recursive(LEAVES, combine, max_leaves=4)
 
 MODIFIERS = {
     "softcap": (lambda x: aj.SoftCap(x["cap"]), lambda s, i, x: x["cap"] * jnp.tanh(s / x["cap"]), {"cap": ""}),
-    "bias": (lambda x: aj.Bias(x["bias"]), lambda s, i, x: s + x["bias"], {"bias": "ts"}),
-    "heads": (lambda x: aj.Bias(x["heads"]), lambda s, i, x: s + x["heads"], {"heads": "n1s"}),
+    "bias": (lambda x: aj.Bias(x["bias"]), lambda s, i, x: s + i.per(x["bias"], "ts"), {"bias": "ts"}),
+    "heads": (lambda x: aj.Bias(x["heads"]), lambda s, i, x: s + i.per(x["heads"], "nts"), {"heads": "n1s"}),
     "alibi": (
         lambda x: aj.ALiBi(jnp.abs(x["slopes"])),
-        lambda s, i, x: s - jnp.abs(x["slopes"])[:, None, None] * distance(i, s),
+        lambda s, i, x: s - jnp.abs(i.per(x["slopes"], "n")) * distance(i, s),
         {"slopes": "n"},
     ),
     "function": (
         lambda x: aj.ScoreFn(lambda s, b, h, q, k: s * x["weight"][q].astype(s.dtype)),
-        lambda s, i, x: s * x["weight"][:, None],
+        lambda s, i, x: s * i.per(x["weight"], "t"),
         {"weight": "t"},
     ),
 }

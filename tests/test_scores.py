@@ -31,7 +31,9 @@ def test_alibi_slopes_of_eight_heads():
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
-@pytest.mark.parametrize("num_buckets, max_distance", [(32, 128), (8, 20), (16, 64), (64, 256), (12, 37), (2, 9), (4, 5)])
+@pytest.mark.parametrize(
+    "num_buckets, max_distance", [(32, 128), (8, 20), (16, 64), (64, 256), (12, 37), (2, 9), (4, 5)]
+)
 def test_t5_buckets_are_the_papers(num_buckets, max_distance, bidirectional):
     if bidirectional and num_buckets < 4:
         bidirectional = False  # two buckets cannot be halved and halved again
@@ -112,7 +114,9 @@ def test_a_bias_gradient_has_the_shape_of_the_bias(axes, implementation):
 
 def test_buckets_that_no_pair_uses_get_no_gradient():
     q = jnp.ones((4, 1, 2))
-    loss = lambda table: aj.attention(q, q, q, score=aj.RelativeBias(table, bidirectional=False), return_lse=True)[1].sum()
+    loss = lambda table: aj.attention(q, q, q, score=aj.RelativeBias(table, bidirectional=False), return_lse=True)[
+        1
+    ].sum()
     gradient = jax.grad(loss)(jnp.zeros((32, 1)))
     assert (gradient[:4] > 0).all() and not gradient[4:].any()
 

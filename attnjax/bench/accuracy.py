@@ -65,9 +65,7 @@ def consult(case: Case, arrays: Arrays) -> Oracle:
     rows = np.zeros(case.T, bool)
     for start, stop in strips:
         rows[start:stop] = True
-    arrays["checked"] = np.where(
-        rows[:, None, None], arrays["cotangent"], np.zeros((), arrays["cotangent"].dtype)
-    )
+    arrays["checked"] = np.where(rows[:, None, None], arrays["cotangent"], np.zeros((), arrays["cotangent"].dtype))
     with jax.enable_x64(True):
         part = {name: _cut(name, array, batch, heads, key_heads) for name, array in arrays.items()}
         return Oracle(batch, heads, key_heads, rows, _answer(case, part, strips))
@@ -107,9 +105,7 @@ def _answer(case: Case, arrays: dict[str, Any], strips: list[tuple[int, int]]) -
         out, pull = jax.vjp(attend, query, whole["key"], whole["value"])
         return out, *pull(cotangent)
 
-    whole = {
-        name: jax.numpy.asarray(array) for name, array in arrays.items() if name not in ("query", "checked")
-    }
+    whole = {name: jax.numpy.asarray(array) for name, array in arrays.items() if name not in ("query", "checked")}
     made = []
     for start, stop in strips:
         by_row = {}

@@ -211,13 +211,11 @@ CASES: tuple[Case, ...] = (
     # Forward the 8 heads of the other cases, to compare times; with gradients 4, to compare memory.
     Case("window512-16k", **_square(16384), window=512),
     Case("causal-16k", **_square(16384), causal=True),
-    Case("window512-16k-h4-grad", **_square(16384), N=4, K=4, window=512, backward=True),
     Case("causal-16k-h4-grad", **_square(16384), N=4, K=4, causal=True, backward=True),
+    Case("window512-16k-h4-grad", **_square(16384), N=4, K=4, window=512, backward=True, default=False),
     Case("full-16k-h4-grad", **_square(16384), N=4, K=4, backward=True, default=False),
     Case("documents-16k-h4-grad", **_square(16384), N=4, K=4, documents=16, backward=True, default=False),
-    Case(
-        "alibi-16k-h4-grad", **_square(16384), N=4, K=4, causal=True, alibi=True, backward=True, default=False
-    ),
+    Case("alibi-16k-h4-grad", **_square(16384), N=4, K=4, causal=True, alibi=True, backward=True, default=False),
     Case("bias-16k-h4-grad", **_square(16384), N=4, K=4, bias="1N1S", backward=True, default=False),
     Case("causal-128k-h1-grad", **_square(131072), N=1, K=1, causal=True, backward=True, default=False),
 )

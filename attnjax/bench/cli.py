@@ -27,7 +27,10 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 2 for arguments that make no sense, 130 when interrupted."""
+    """Runs the command and returns the exit status.
+
+    0: done; 1: nothing could be measured; 2: arguments that make no sense; 130: interrupted.
+    """
     parser = _parser()
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(words)
@@ -43,25 +46,15 @@ def _parser() -> argparse.ArgumentParser:
     text = "Compares attention on this machine: time, rate, memory, error."
     bench = commands.add_parser("bench", help="compare attention on this machine", description=text)
     many: dict[str, Any] = {"nargs": "+", "action": "extend"}
-    bench.add_argument(
-        "--case", **many, metavar="GLOB", help="cases by name or pattern (default: see --list)"
-    )
+    bench.add_argument("--case", **many, metavar="GLOB", help="cases by name or pattern (default: see --list)")
     bench.add_argument("--impl", **many, metavar="NAME", help="competitors (default: all that are installed)")
-    bench.add_argument(
-        "--dtype", **many, metavar="DTYPE", help="run the cases in this dtype instead of their own"
-    )
-    bench.add_argument(
-        "--rounds", type=int, metavar="N", help="runs of each (default: about a second, 3 to 15)"
-    )
-    bench.add_argument(
-        "--quick", action="store_true", help="three rounds, and of the default cases the small ones"
-    )
+    bench.add_argument("--dtype", **many, metavar="DTYPE", help="run the cases in this dtype instead of their own")
+    bench.add_argument("--rounds", type=int, metavar="N", help="runs of each (default: about a second, 3 to 15)")
+    bench.add_argument("--quick", action="store_true", help="three rounds, and of the default cases the small ones")
     text = "refuse runs that need more (default: half of what is free, at most 8)"
     bench.add_argument("--memory", type=float, metavar="GIB", help=text)
     bench.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything that was measured")
-    bench.add_argument(
-        "--show", type=pathlib.Path, metavar="FILE", help="run nothing, show what --json wrote"
-    )
+    bench.add_argument("--show", type=pathlib.Path, metavar="FILE", help="run nothing, show what --json wrote")
     bench.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     bench.add_argument("--list", action="store_true", help="run nothing, list cases and competitors")
     bench.set_defaults(command=_bench)
@@ -96,7 +89,9 @@ def _bench(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     report.show(made, style)
     if arguments.json:
         arguments.json.write_text(json.dumps(made, indent=1) + "\n")
-    return 130 if interrupted else 0
+    if interrupted:
+        return 130
+    return 0 if any(row.status == "ok" for row in rows) else 1
 
 
 def _run(cases: list[Case], settings: Settings, arguments: argparse.Namespace) -> tuple[list[Row], bool]:
@@ -155,9 +150,7 @@ def _cases(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> li
             parser.error(_unknown("--dtype", dtype, _DTYPES))
     if not arguments.dtype:
         return cases
-    return [
-        dataclasses.replace(case, dtype=dtype) for case in cases for dtype in dict.fromkeys(arguments.dtype)
-    ]
+    return [dataclasses.replace(case, dtype=dtype) for case in cases for dtype in dict.fromkeys(arguments.dtype)]
 
 
 def _names(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tuple[str, ...]:
@@ -165,9 +158,7 @@ def _names(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tu
         if name not in COMPETITORS:
             parser.error(_unknown("--impl", name, list(COMPETITORS)))
         if not COMPETITORS[name].installed:
-            parser.error(
-                f"--impl {name}: {COMPETITORS[name].module} is not installed: {COMPETITORS[name].install}"
-            )
+            parser.error(f"--impl {name}: {COMPETITORS[name].module} is not installed: {COMPETITORS[name].install}")
     if arguments.impl:
         return tuple(name for name in COMPETITORS if name in arguments.impl)
     return tuple(name for name, competitor in COMPETITORS.items() if competitor.installed)

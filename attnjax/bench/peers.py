@@ -24,8 +24,8 @@ from attnjax.attention import attention
 from attnjax.bench.cases import Arrays, Case
 from attnjax.core.dispatch import KERNELS
 
-# Up to so many logits those run too that are no news: `reference`, which is for checking, and flax, which calls
-# jax.nn when nothing is dropped and no weights are recorded. Beyond, only when they are named.
+# Up to so many logits those run too that are no news: `reference`, which is for checking, and flax, which
+# calls jax.nn when nothing is dropped and no weights are recorded. Beyond, only when they are named.
 SMALL = 2**22
 
 
@@ -153,9 +153,7 @@ def _torch(case: Case, arrays: Arrays, limit: float, asked: bool) -> Prepared:
         return made.cuda() if on_gpu else made
 
     heads_first = lambda name: tensor(arrays[name]).transpose(1, 2).contiguous()
-    query, key, value = (
-        heads_first(name).requires_grad_(case.backward) for name in ("query", "key", "value")
-    )
+    query, key, value = (heads_first(name).requires_grad_(case.backward) for name in ("query", "key", "value"))
     cotangents = {name: heads_first(name) for name in ("cotangent", "checked")}
     masks = [tensor(x) for x in jax.jit(operands)().values()]
     attend = functools.partial(

@@ -28,7 +28,7 @@ _NUMBERS = HEADINGS[2:9]
 _AGAINST = ("jax.nn", "torch")
 _HEAVY = 1e9  # FLOPs; below, the time of a call is not that of its products
 
-READING = (
+_READING = (
     "ms: median of interleaved runs. GFLOP/s: products of visible pairs. share: of the matrix-multiply rate.",
     "memory: temporaries, and dense masks made for it. error: largest, absolute, against float64.",
     "x jax.nn, x torch: how many times faster than these. -grad: forward and backward; others: forward.",
@@ -44,7 +44,7 @@ def show(record: Record, style: str) -> None:
     print("\n".join(header(record)), end="\n\n")
     print("\n".join(_markdown(rows) if style == "markdown" else _plain(rows)), end="\n\n")
     bullet = "- " if style == "markdown" else ""
-    print("\n".join(bullet + line for line in (*summary(record), *READING, again(record))))
+    print("\n".join(bullet + line for line in (*summary(record), *footnotes(record))))
 
 
 def style_for(terminal: bool) -> str:
@@ -55,11 +55,7 @@ def style_for(terminal: bool) -> str:
 def header(record: Record) -> list[str]:
     """Machine, versions, matrix-multiply rates."""
     machine, versions = record["machine"], record["versions"]
-    where = (
-        machine["processor"]
-        if machine["platform"] == "cpu"
-        else f"{machine['devices']} x {machine['device']}"
-    )
+    where = machine["processor"] if machine["platform"] == "cpu" else f"{machine['devices']} x {machine['device']}"
     rates = [f"{dtype} {rate['median'] / 1e9:.0f} GFLOP/s" for dtype, rate in record["matmul_rates"].items()]
     return [
         f"{record['command']}   {record['date']}, {record['seconds']:.0f} s",
@@ -86,9 +82,7 @@ def table(record: Record) -> list[list[str]]:
             for other in _AGAINST:
                 theirs = seconds.get((*key, other))
                 ratios.append(
-                    ""
-                    if theirs is None or other == row["implementation"]
-                    else _ratio(theirs / row["seconds"])
+                    "" if theirs is None or other == row["implementation"] else _ratio(theirs / row["seconds"])
                 )
             lines.append([name, row["implementation"], *_measured(row), *ratios, ""])
         previous = key
@@ -113,22 +107,20 @@ def summary(record: Record) -> list[str]:
                     found.append(f"{_ratio(statistics.geometric_mean(ratios))} x {other} {_range(ratios)}")
             shares = [row["share"] for row in own if row["flops"] >= _HEAVY]
             if shares:
-                found.append(
-                    f"{statistics.geometric_mean(shares):.2f} of the matrix-multiply rate {_range(shares)}"
-                )
+                found.append(f"{statistics.geometric_mean(shares):.2f} of the matrix-multiply rate {_range(shares)}")
             if found:
                 lines.append(f"{name}, {part}: {'; '.join(found)}")
     return lines
 
 
-def again(record: Record) -> str:
-    """How to get a row again, and who is not in the table."""
+def footnotes(record: Record) -> list[str]:
+    """How to read the columns, how to get a row again, and who is not in the table."""
     example = record["rows"][0]["command"] if record["rows"] else "attnjax bench --case NAME"
     skipped = {row["implementation"]: row["note"] for row in record["rows"] if row["status"] == "skipped"}
-    texts = [f"One case again: {example}"]
-    texts += [f"{name} ran only on small cases: {note} (--impl {name})" for name, note in skipped.items()]
-    texts += [f"not installed: {', '.join(record['absent'])}"] if record["absent"] else []
-    return ". ".join(texts) + "."
+    left_out = [f"{name} (small cases only, {note}; --impl {name})" for name, note in skipped.items()]
+    left_out += [f"{name} (not installed)" for name in record["absent"]]
+    lines = [*_READING, f"One case again: {example}"]
+    return [*lines, f"Left out: {', '.join(left_out)}."] if left_out else lines
 
 
 def _measured(row: dict[str, Any]) -> list[str]:
@@ -157,17 +149,18 @@ def _ratio(value: float) -> str:
 
 
 def _range(values: list[float]) -> str:
-    return (
-        f"({len(values)} cases, {_ratio(min(values))} to {_ratio(max(values))})"
-        if len(values) > 1
-        else "(1 case)"
-    )
+    return f"({len(values)} cases, {_ratio(min(values))} to {_ratio(max(values))})" if len(values) > 1 else "(1 case)"
 
 
 def _plain(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(line[i]) for line in (HEADINGS, *rows)) for i in range(len(HEADINGS) - 1)] + [0]
+    """Aligned columns, numbers at the right; a note takes the place of the numbers."""
+    *shown, _ = range(len(HEADINGS))
+    widths = [max(len(line[i]) for line in (HEADINGS, *rows)) for i in shown]
     pad = lambda text, i: text.rjust(widths[i]) if HEADINGS[i] in _NUMBERS else text.ljust(widths[i])
-    lines = ["  ".join(pad(text, i) for i, text in enumerate(line)).rstrip() for line in (HEADINGS, *rows)]
+    lines = []
+    for row in (list(HEADINGS[:-1]) + [""], *rows):
+        cells = [*row[:2], row[-1]] if row[-1] else row[:-1]
+        lines.append("  ".join(pad(text, i) if i < 2 or not row[-1] else text for i, text in enumerate(cells)).rstrip())
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
@@ -177,22 +170,19 @@ def _markdown(rows: list[list[str]]) -> list[str]:
 
 
 def _print_rich(record: Record, rows: list[list[str]]) -> None:
+    """The plain table with attnjax in bold, and with what is not a number dimmed."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
-    drawn = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in HEADINGS:
-        number = heading in _NUMBERS
-        drawn.add_column(heading, justify="right" if number else "left", no_wrap=heading != "note")
-    for i, line in enumerate(rows):
-        last = i + 1 == len(rows) or bool(rows[i + 1][0])
-        own = line[1] in record["implementations"]
-        drawn.add_row(*map(Text, line), end_section=last, style="bold" if own else "dim" if line[-1] else "")
+    console = Console(highlight=False, soft_wrap=True)
+    heading, rule, *lines = _plain(rows)
+    styles = ["bold" if row[1] in record["implementations"] else "dim" if row[-1] else "" for row in rows]
     for text in (*header(record), ""):
         console.print(Text(text, style="dim"))
-    console.print(drawn)
+    console.print(Text(heading, style="bold"))
+    console.print(Text(rule, style="dim"))
+    for line, style in zip(lines, styles, strict=True):
+        console.print(Text(line, style=style))
     console.print()
-    for text in (*summary(record), *READING, again(record)):
+    for text in (*summary(record), *footnotes(record)):
         console.print(Text(text))

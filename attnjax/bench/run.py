@@ -28,6 +28,7 @@ from attnjax.core.dispatch import KERNELS
 
 _SECONDS = 1.0  # rounds of a case go on about so long, but there are at least _LEAST
 _LEAST, _MOST = 3, 15
+_SLOW, _FAR = 1.0, 8.0  # one round is enough for what takes over a second and 8 times as long as the fastest
 _PAUSE = 5e-3  # the threads of OpenMP libraries spin for some milliseconds after their work
 _MATMUL = "matrix product"
 
@@ -106,23 +107,36 @@ def measure(case: Case, settings: Settings, command: str) -> list[Row]:
     }
     rows = {name: Row(case.name, name, **about) for name in settings.names}
     with jax.enable_x64(True) if case.dtype == "float64" else contextlib.nullcontext():
-        arrays = case.draw()
-        settings.say("float64")
-        oracle = consult(case, arrays)
-        runs = {}
-        for name, row in rows.items():
-            settings.say(f"{name}: compile and check")
-            try:
-                runs[name] = _prepare(case, arrays, oracle, row, settings)
-            except Exception as error:  # whatever it is, it belongs into the row
+        entries = {}
+        try:
+            settings.say("float64")
+            arrays = case.draw()
+            oracle = consult(case, arrays)
+            for name, row in rows.items():
+                settings.say(f"{name}: compile and check")
+                try:
+                    entries[name] = _prepare(case, arrays, oracle, row, settings)
+                except Exception as error:  # whatever it is, it belongs into the row
+                    _blame(row, error)
+            settings.say("time")
+            _time(entries, rows, case.dtype, settings.rounds)
+        except Exception as error:  # not the fault of a competitor, so it stands in every row
+            for row in rows.values():
                 _blame(row, error)
-        settings.say("time")
-        _time(runs, rows, case.dtype, settings.rounds)
     gc.collect()
     return list(rows.values())
 
 
-def _prepare(case: Case, arrays: Arrays, oracle: Oracle, row: Row, settings: Settings) -> profiling.Run:
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A competitor ready to be timed, and a guess of its time from which the number of rounds follows."""
+
+    run: profiling.Run
+    guess: float
+    repeats: int
+
+
+def _prepare(case: Case, arrays: Arrays, oracle: Oracle, row: Row, settings: Settings) -> _Entry:
     """Compiles, runs once to see the error, and gives what is to be timed."""
     competitor = COMPETITORS[row.implementation]
     prepared: Prepared = competitor.prepare(case, arrays, settings.limit, settings.asked)
@@ -132,36 +146,45 @@ def _prepare(case: Case, arrays: Arrays, oracle: Oracle, row: Row, settings: Set
     first = profiling.sample(lambda: made.append(prepared.run("checked")))
     row.errors = oracle.errors(prepared.to_numpy(made.pop()))
     run = lambda: prepared.run("cotangent")
-    row.repeats = 1 if first > 0.1 else profiling.repeats_for(run)
-    row.seconds = (
-        first if first > 0.1 else profiling.sample(run)
-    )  # a guess, from which the number of rounds follows
-    return run
+    if first > 0.3:
+        return _Entry(run, first, 1)
+    return _Entry(run, profiling.sample(run), profiling.repeats_for(run))
 
 
-def _time(runs: dict[str, profiling.Run], rows: dict[str, Row], dtype: str, rounds: int | None) -> None:
+def _time(entries: dict[str, _Entry], rows: dict[str, Row], dtype: str, rounds: int | None) -> None:
     """Fills in the times. A matrix product takes part. One that fails leaves, and the others start anew."""
     product, product_flops = profiling.matmul(dtype)
-    while runs:
-        guarded = {name: _guard(name, run) for name, run in runs.items()}
-        guesses = [rows[name].repeats * (rows[name].seconds or 0) for name in runs]
-        count = rounds or min(_MOST, max(_LEAST, int(_SECONDS / (sum(guesses) + profiling.sample(product)))))
-        repeats = {name: rows[name].repeats for name in runs}
+    while entries:
+        everyone = {**entries, _MATMUL: _Entry(product, profiling.sample(product), 1)}
         try:
-            samples = profiling.interleaved(
-                {**guarded, _MATMUL: product}, count, repeats=repeats, pause=_PAUSE
-            )
+            samples = _in_turn(everyone, rounds)
         except _FailedRun as failure:
-            del runs[failure.name]
+            del entries[failure.name]
             _blame(rows[failure.name], failure.error)
             continue
         matmul_rate = profiling.rates(product_flops, samples.pop(_MATMUL))["median"]
         for name, seconds in samples.items():
             row = rows[name]
             row.seconds, row.low, row.high = statistics.median(seconds), min(seconds), max(seconds)
-            row.rounds, row.rate, row.matmul_rate = count, row.flops / row.seconds, matmul_rate
+            row.rounds, row.repeats = len(seconds), entries[name].repeats
+            row.rate, row.matmul_rate = row.flops / row.seconds, matmul_rate
             row.share = row.rate / matmul_rate
         return
+
+
+def _in_turn(entries: dict[str, _Entry], rounds: int | None) -> dict[str, list[float]]:
+    """Samples of all, interleaved. Unless the number of rounds is given, the hopeless take part in one."""
+    runs = {name: _guard(name, entry.run) for name, entry in entries.items()}
+    repeats = {name: entry.repeats for name, entry in entries.items()}
+    far = max(_SLOW, _FAR * min(entry.guess for name, entry in entries.items() if name != _MATMUL))
+    close = [name for name, entry in entries.items() if rounds or entry.guess < far]
+    total = sum(entries[name].guess * repeats[name] for name in close)
+    count = rounds or min(_MOST, max(_LEAST, int(_SECONDS / total)))
+    samples = profiling.interleaved(runs, 1, repeats=repeats, pause=_PAUSE)
+    rest = {name: runs[name] for name in close}
+    for name, seconds in profiling.interleaved(rest, count - 1, repeats=repeats, pause=_PAUSE).items():
+        samples[name] += seconds
+    return samples
 
 
 class _FailedRun(Exception):
@@ -185,9 +208,7 @@ def _guard(name: str, run: profiling.Run) -> profiling.Run:
 def _blame(row: Row, error: Exception) -> None:
     """Turns a row into one that says what went wrong."""
     text = str(error).strip() or type(error).__name__
-    exhausted = any(
-        sign in text.lower() for sign in ("resource_exhausted", "out of memory", "not enough memory")
-    )
+    exhausted = any(sign in text.lower() for sign in ("resource_exhausted", "out of memory", "not enough memory"))
     if isinstance(error, Refused):
         row.status = "refused"
     elif isinstance(error, Skipped):

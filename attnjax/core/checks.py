@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from attnjax.core.node import Node, describe, is_array
 
@@ -99,7 +100,9 @@ def check_leaves(node: Node, argument: str, batch: tuple[int, ...], sizes: dict[
         ):
             fits = fits and (want is None or have == want or (have == 1 and not (is_own and exact)))
         if not fits:
-            known = ", ".join(f"{letter} = {size}" for letter, size in zip(letters, own, strict=True) if size is not None)
+            known = ", ".join(
+                f"{letter} = {size}" for letter, size in zip(letters, own, strict=True) if size is not None
+            )
             what = "have shape" if exact else "broadcast to"
             raise ValueError(
                 f"{argument}: {name} is {describe(leaf)} and must {what} {wanted}"
@@ -116,7 +119,7 @@ def check_static_lengths(node: Node, argument: str, query_length: int, key_lengt
     """
     for n, name, limit, letter in _lengths(node, query_length, key_length):
         value = getattr(n, name)
-        if value is None or isinstance(value, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+        if value is None or isinstance(value, (Tracer, jax.ShapeDtypeStruct)):
             continue
         largest = np.max(np.asarray(value), initial=0)
         if largest > limit:
@@ -144,7 +147,7 @@ def check_scale(scale: Any) -> None:
     array = is_array(scale) and jnp.issubdtype(scale.dtype, jnp.floating)
     if not number and not array:
         raise TypeError(f"scale must be a number or a scalar array of floats, got {_kind(scale)}.")
-    if array and not number and scale.ndim:
+    if is_array(scale) and np.ndim(scale):
         raise ValueError(f"scale must be a scalar, got {describe(scale)}; per-head scales are a score: ScoreFn.")
     if number and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}.")

@@ -57,7 +57,11 @@ def trace(function: Callable, *, score: bool, name: str) -> tuple[IndexFunction,
     if not callable(function):
         raise TypeError(f"{name} takes a function of {_signature(score)}, got {type(function).__name__}.")
     index = jax.ShapeDtypeStruct((), jnp.int32)
-    dtypes = ["float32", *(["float64"] if jax.config.jax_enable_x64 else [])] if score else ["mask"]
+    dtypes = (
+        ["float32", *(["float64"] if jax.dtypes.canonicalize_dtype("float64") == "float64" else [])]
+        if score
+        else ["mask"]
+    )
     jaxprs = {}
     for dtype in dtypes:
         first = (jax.ShapeDtypeStruct((), dtype),) if score else ()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard, dataclass_transform
 
 import jax
 import numpy as np
@@ -16,11 +16,12 @@ import numpy as np
 Leaf = Any  # jax.Array, numpy array, tracer or ShapeDtypeStruct
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: Any) -> TypeGuard[Any]:
     """Whether `value` becomes a leaf: an array of any kind, concrete, traced or only described."""
     return isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 
+@dataclass_transform(frozen_default=True, eq_default=False)
 class Node:
     """Base class. Subclasses are turned into frozen dataclasses and registered as pytrees when they are defined.
 
@@ -34,21 +35,24 @@ class Node:
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
         jax.tree_util.register_pytree_with_keys(cls, cls._flatten_with_keys, cls._unflatten)
 
+    def _fields(self) -> tuple[dataclasses.Field, ...]:
+        return dataclasses.fields(self)  # type: ignore[arg-type]  # every subclass is a dataclass
+
     def _dynamic(self) -> tuple[str, ...]:
         """Names of the fields that are children. Remembered from unflattening, where a child may be any object."""
         remembered = self.__dict__.get("_children")
         if remembered is not None:
             return remembered
-        return tuple(f.name for f in dataclasses.fields(self) if _is_child(getattr(self, f.name)))
+        return tuple(f.name for f in self._fields() if _is_child(getattr(self, f.name)))
 
     def _flatten_with_keys(self) -> tuple[Any, Any]:
         dynamic = self._dynamic()
-        static = tuple((f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in dynamic)
+        static = tuple((f.name, getattr(self, f.name)) for f in self._fields() if f.name not in dynamic)
         children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in dynamic)
         return children, (dynamic, static)
 
     @classmethod
-    def _unflatten(cls, aux: Any, children: Any) -> Node:
+    def _unflatten(cls, aux: Any, children: Any) -> Any:
         dynamic, static = aux
         node = object.__new__(cls)
         node.__dict__.update(dict(static))
@@ -70,7 +74,7 @@ class Node:
 
     def __repr__(self) -> str:
         parts = []
-        for f in dataclasses.fields(self):
+        for f in self._fields():
             value = getattr(self, f.name)
             if f.default is not dataclasses.MISSING and not is_array(value) and value == f.default:
                 continue

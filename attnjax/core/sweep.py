@@ -13,11 +13,12 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from attnjax.core.program import Problem
-from attnjax.core.walk import Output, Visit, level, reduce_to, walk
+from attnjax.core.walk import Output, Visit, push, reduce_to, walk
 from attnjax.tuning import choose_blocks
 
 Array = jax.Array
@@ -130,8 +131,7 @@ class _Derivative:
         def moving(*values: Array) -> list[Array]:
             return self.fn(visit, *_replaced(primals, self.moved, values))
 
-        pairs = [level(primals[i], t) for i, t in zip(self.moved, tangents, strict=True)]
-        return jax.jvp(moving, *zip(*pairs, strict=True))[1]
+        return push(moving, [primals[i] for i in self.moved], tangents)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,14 +181,14 @@ sweep_p.multiple_results = True
 
 
 def _abstract(*operands: Any, problem: Problem, fn: TileFunction, axes: tuple, outputs: tuple) -> list:
-    return [jax.core.ShapedArray(o.shape, o.dtype) for o in outputs]
+    return [ShapedArray(o.shape, o.dtype) for o in outputs]
 
 
 def _jvp(primals: list, tangents: list, *, problem: Problem, fn: TileFunction, axes: tuple, outputs: tuple) -> Any:
     made = sweep_p.bind(*primals, problem=problem, fn=fn, axes=axes, outputs=outputs)
     moved = tuple(i for i, t in enumerate(tangents) if type(t) is not ad.Zero)
     if not moved:
-        return made, [ad.Zero(jax.core.ShapedArray(o.shape, o.dtype)) for o in outputs]
+        return made, [ad.Zero(ShapedArray(o.shape, o.dtype)) for o in outputs]
     if set(moved) <= set(fn.linear):  # the function is its own derivative
         values = [
             instantiate(t) if i in fn.linear else p for i, (p, t) in enumerate(zip(primals, tangents, strict=True))
@@ -221,7 +221,7 @@ def _transpose(
     return results
 
 
-def _batch(operands: list, dims: list, *, problem: Problem, fn: TileFunction, axes: tuple, outputs: tuple) -> Any:
+def _batch(operands: Any, dims: Any, *, problem: Problem, fn: TileFunction, axes: tuple, outputs: tuple) -> Any:
     operands, size = lead(operands, dims)
     outputs = tuple(dataclasses.replace(o, shape=(size, *o.shape)) for o in outputs)
     made = sweep_p.bind(*operands, problem=problem.with_batch(size), fn=fn, axes=axes, outputs=outputs)
@@ -237,11 +237,16 @@ def lead(operands: list, dims: list) -> tuple[list, int]:
 
 def instantiate(tangent: Any) -> Array:
     """Zeros for a symbolic zero."""
-    return jnp.zeros(tangent.aval.shape, tangent.aval.dtype) if type(tangent) is ad.Zero else tangent
+    return ad.instantiate_zeros(tangent)
 
 
 def register(
-    primitive: Primitive, abstract: Any, body: Any, batch: Any, *, platforms: tuple[str, ...] = ("cpu", "cuda", "tpu")
+    primitive: Primitive,
+    abstract: Any,
+    body: Any,
+    batch: Any,
+    *,
+    platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"),
 ) -> None:
     """Gives a primitive its shapes, its batching and, per platform, its body: a function with a `platform` argument."""
     primitive.def_abstract_eval(abstract)

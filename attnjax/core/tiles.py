@@ -70,7 +70,11 @@ def tile_form(x: Any, axes: str, batch_ndim: int, group: int) -> Any:
 
 def from_tile_form(x: Array, axes: str, batch_ndim: int) -> Array:
     """The inverse of `tile_form`, for arrays whose absent axes have size 1."""
-    lead, (kv, group, t, s), free = x.shape[:batch_ndim], x.shape[batch_ndim : batch_ndim + 4], x.shape[batch_ndim + 4 :]
+    lead, (kv, group, t, s), free = (
+        x.shape[:batch_ndim],
+        x.shape[batch_ndim : batch_ndim + 4],
+        x.shape[batch_ndim + 4 :],
+    )
     sizes = {"h": kv * group, "k": kv, "t": t, "s": s}
     present = [a for a in "hkts" if a in axes]
     x = x.reshape(*lead, *(sizes[a] for a in present), *free)
@@ -233,7 +237,7 @@ class Grid:
 
 def everything(
     node: Node, query_length: int, key_length: int, batch: tuple[int, ...] = (), heads: int = 1
-) -> tuple[Tile, Node, bool]:
+) -> tuple[Tile, Any, bool]:
     """One tile with all pairs, the node ready to be evaluated on it, and whether it has neither batch nor heads."""
     sizes = _sizes_of(node, query_length, key_length, batch, heads)
     rows = slice(0, query_length)
@@ -243,7 +247,7 @@ def everything(
 
 def rows_of(
     node: Node, query_length: int, key_length: int, batch: tuple[int, ...] = (), heads: int = 1
-) -> Iterator[tuple[Tile, Node]]:
+) -> Iterator[tuple[Tile, Any]]:
     """The same a few rows at a time, at most about four million pairs each."""
     sizes = _sizes_of(node, query_length, key_length, batch, heads)
     step = max(1, 2**22 // max(1, math.prod(sizes.batch) * sizes.heads * key_length))
@@ -251,7 +255,7 @@ def rows_of(
         yield _rows(node, sizes, slice(start, min(start + step, query_length)))
 
 
-def _rows(node: Node, sizes: Sizes, rows: slice) -> tuple[Tile, Node]:
+def _rows(node: Node, sizes: Sizes, rows: slice) -> tuple[Tile, Any]:
     n = len(sizes.batch)
     leaves = []
     for _, leaf, axes in node.operands():

@@ -15,13 +15,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from attnjax.core.dispatch import PLATFORMS, choose
 from attnjax.core.program import Problem
 from attnjax.core.sweep import instantiate, lead, register
-from attnjax.core.walk import level
+from attnjax.core.walk import push
 
 Array = jax.Array
 Wanted = tuple[tuple[int, tuple[int, ...]], ...]  # positions of operands and the shapes of their gradients
@@ -40,7 +41,10 @@ for _primitive in (attention_p, tangent_p, backward_p):
 
 def _outputs(problem: Problem, *, tangent: bool = False) -> list[Any]:
     out, lse = problem.out_shapes()
-    return [jax.core.ShapedArray(out, jnp.dtype(problem.dtype)), jax.core.ShapedArray(lse, problem.accumulate)]
+    return [
+        ShapedArray(out, jnp.dtype(problem.dtype)),
+        ShapedArray(lse, problem.accumulate),
+    ]
 
 
 def _attention(*operands: Array, platform: str, problem: Problem) -> list[Array]:
@@ -122,7 +126,9 @@ def _backward_transpose(cotangents: list, *args: Any, problem: Problem, wanted: 
         problem=problem,
         moved=tuple(i for i, _ in live),
     )
-    results = [x.astype(a.aval.dtype) if ad.is_undefined_primal(a) else None for a, x in zip(args[-2:], made, strict=True)]
+    results = [
+        x.astype(a.aval.dtype) if ad.is_undefined_primal(a) else None for a, x in zip(args[-2:], made, strict=True)
+    ]
     return [None] * (len(args) - 2) + results
 
 
@@ -151,13 +157,12 @@ def _derivative(body: Any, primals: list, tangents: list) -> list[Array]:
             args[i] = x
         return body(*args, platform="")
 
-    pairs = [level(primals[i], tangents[i]) for i in moved]
-    return list(jax.jvp(moving, *zip(*pairs, strict=True))[1])
+    return list(push(moving, [primals[i] for i in moved], [tangents[i] for i in moved]))
 
 
 def _register() -> None:
     outputs = lambda *args, problem, **_: _outputs(problem)
-    gradients = lambda *args, problem, wanted: [jax.core.ShapedArray(s, problem.accumulate) for _, s in wanted]
+    gradients = lambda *args, problem, wanted: [ShapedArray(s, problem.accumulate) for _, s in wanted]
     register(attention_p, outputs, _attention, _attention_batch, platforms=PLATFORMS)
     register(tangent_p, outputs, _tangent, _tangent_batch, platforms=PLATFORMS)
     register(backward_p, gradients, _backward, _backward_batch, platforms=PLATFORMS)

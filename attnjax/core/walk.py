@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ Step = Callable[["Visit", Any, list[Any]], tuple[Any, list[Array]]]
 class Output:
     """One array that a walk makes: its axes, its shape in operand form (batch axes of size 1 are summed over).
 
-    `flipped`: for arrays by key with one free axis, the steps give their parts as [..., free, s] and not [..., s, free].
+    `flipped`: for arrays by key with one free axis, the steps give their parts as [..., free, s], not [..., s, free].
     """
 
     axes: str
@@ -84,9 +84,15 @@ def reduce_to(x: Array, shape: tuple[int, ...]) -> Array:
 
 
 def level(a: Array, b: Array) -> tuple[Array, Array]:
-    """Both arrays at their common shape (a tangent may have lanes that its primal does not depend on)."""
+    """Both arrays at their common shape."""
     shape = jnp.broadcast_shapes(a.shape, b.shape)
     return jnp.broadcast_to(a, shape), jnp.broadcast_to(b, shape)
+
+
+def push(f: Callable, primals: Iterable[Array], tangents: Iterable[Array]) -> Any:
+    """The tangent of `f`. A tangent may have lanes, or batch entries, that its primal does not depend on."""
+    pairs = [level(x, d) for x, d in zip(primals, tangents, strict=True)]
+    return jax.jvp(f, tuple(x for x, _ in pairs), tuple(d for _, d in pairs))[1]
 
 
 def walk(
@@ -123,6 +129,15 @@ def walk(
     return _Walk(problem, blocks, kinds, operands, axes, outputs, start, step, finish, product, overwrite).run()
 
 
+class _Place(NamedTuple):
+    """Where a part stands: its chunk of lanes, its query block with its first query, its first key (`None`: all)."""
+
+    chunk: tuple
+    i: Any = None
+    q_start: Any = None
+    k_start: Any = None
+
+
 class _Walk:
     def __init__(self, problem, blocks, kinds, operands, axes, outputs, start, step, finish, product, overwrite):
         self.problem, self.sizes, self.blocks = problem, problem.sizes, blocks
@@ -152,17 +167,19 @@ class _Walk:
         """One chunk of lanes: slices what is small, walks the query blocks, adds the parts that belong to keys."""
         index = _unravel(number, self.chunks)
         loaded = [
-            None if "t" in axes and "s" in axes and x.size else self._slice(x, axes, index)
+            None if "t" in axes and "s" in axes and x.size else self._slice(x, axes, _Place(index))
             for x, axes in zip(self.operands, self.axes, strict=True)
         ]
         kept = [o for o in self.outputs if not o.by_row and not o.by_pair]
         shapes = [self._part_shape(o, whole=True) for o in kept]
-        sums = [jnp.zeros(_flip(s) if o.flipped else s, self.problem.accumulate) for o, s in zip(kept, shapes, strict=True)]
+        sums = [
+            jnp.zeros(_flip(s) if o.flipped else s, self.problem.accumulate) for o, s in zip(kept, shapes, strict=True)
+        ]
         wide = [b for b, o in zip(buffers, self.outputs, strict=True) if o.by_row or o.by_pair]
         wide, sums = _loop(self.counts["t"], lambda i, carry: self._rows(i, carry, index, loaded), (wide, sums))
         wide_, sums_ = iter(wide), iter(sums)
         return [
-            next(wide_) if o.by_row or o.by_pair else self._put(b, o, _unflip(next(sums_), o), index)
+            next(wide_) if o.by_row or o.by_pair else self._put(b, o, _unflip(next(sums_), o), _Place(index))
             for b, o in zip(buffers, self.outputs, strict=True)
         ]
 
@@ -193,7 +210,7 @@ class _Walk:
         rows, sums, pairs = state
         pairs_, rows_ = iter(pairs), iter(self.finish(rows))
         wide = [
-            next(pairs_) if o.by_pair else self._put(b, o, next(rows_), index, q_start=q_start, i=i)
+            next(pairs_) if o.by_pair else self._put(b, o, next(rows_), _Place(index, i, q_start))
             for b, o in zip(wide, self._wide(), strict=True)
         ]
         return wide, sums
@@ -201,10 +218,11 @@ class _Walk:
     def _tile(self, i: Any, j: Any, q_start: Any, carry: Any, index: tuple, row: list[Any], masked: bool) -> Any:
         rows, sums, pairs = carry
         k_start = self._start("s", j)
+        place = _Place(index, i, q_start, k_start)
         parts = []
         for x, part, axes in zip(self.operands, row, self.axes, strict=True):
             if part is None:
-                part = self._slice(x, axes, index, q_start, k_start)
+                part = self._slice(x, axes, place)
             elif "s" in axes:
                 part = self._cut(part, "s", k_start)
             floats = jnp.issubdtype(part.dtype, jnp.floating)
@@ -220,7 +238,7 @@ class _Walk:
         new_sums, new_pairs = [], []
         for o in self.outputs:
             if o.by_pair:
-                new_pairs.append(self._put(next(pairs), o, next(made), index, q_start, k_start))
+                new_pairs.append(self._put(next(pairs), o, next(made), place))
             elif not o.by_row:
                 new_sums.append(self._add(next(sums), o, next(made), k_start))
         return rows, new_sums, new_pairs
@@ -243,25 +261,25 @@ class _Walk:
             return min(start, last)
         return jnp.minimum(start, last) if self.lengths[letter] % self.blocks_of[letter] else start
 
-    def _bounds(self, shape: tuple, axes: str, index: tuple, q_start: Any, k_start: Any) -> tuple[list, list]:
+    def _bounds(self, shape: tuple, axes: str, place: _Place) -> tuple[list, list]:
         """Start and size of a chunk's part of an array in operand form; axes of size 1 are taken whole."""
         starts, sizes = [], []
-        kv_start, kv = index[-1] * self.blocks.lanes_kv, self.blocks.lanes_kv
-        known = {
+        kv_start, kv = place.chunk[-1] * self.blocks.lanes_kv, self.blocks.lanes_kv
+        known: dict[str, tuple[Any, int] | None] = {
             "h": (kv_start * self.sizes.group, kv * self.sizes.group),
             "k": (kv_start, kv),
-            "t": None if q_start is None else (q_start, self.blocks.block_q),
-            "s": None if k_start is None else (k_start, self.blocks.block_k),
+            "t": None if place.q_start is None else (place.q_start, self.blocks.block_q),
+            "s": None if place.k_start is None else (place.k_start, self.blocks.block_k),
         }
-        spans = [(c * lane, lane) for c, lane in zip(index[:-1], self.blocks.lanes, strict=True)]
+        spans = [(c * lane, lane) for c, lane in zip(place.chunk[:-1], self.blocks.lanes, strict=True)]
         for size, span in zip(shape, spans + [known.get(a) for a in axes], strict=True):
-            whole = span is None or size == 1
-            starts.append(0 if whole else span[0])
-            sizes.append(size if whole else span[1])
+            start, taken = (0, size) if span is None or size == 1 else span
+            starts.append(start)
+            sizes.append(taken)
         return starts, sizes
 
-    def _slice(self, x: Array, axes: str, index: tuple, q_start: Any = None, k_start: Any = None) -> Array:
-        starts, sizes = self._bounds(x.shape, axes, index, q_start, k_start)
+    def _slice(self, x: Array, axes: str, place: _Place) -> Array:
+        starts, sizes = self._bounds(x.shape, axes, place)
         part = _dynamic_slice(x, starts, sizes)
         return tile_form(part, axes, self.n, self.sizes.group)
 
@@ -275,27 +293,26 @@ class _Walk:
 
     def _part_shape(self, o: Output, whole: bool = False) -> tuple[int, ...]:
         """Shape, in tile form, of a chunk's part of an output (`whole`: with all positions)."""
-        at = None if whole else 0
-        _, sizes = self._bounds(o.shape, o.axes, (0,) * len(self.chunks), at, at)
-        return jax.eval_shape(
-            lambda x: tile_form(x, o.axes, self.n, self.sizes.group), jax.ShapeDtypeStruct(tuple(sizes), o.dtype)
-        ).shape
+        start = None if whole else 0
+        _, sizes = self._bounds(o.shape, o.axes, _Place((0,) * len(self.chunks), start, start, start))
+        return self._tile_shape(o, sizes)
 
-    def _put(self, buffer: Array, o: Output, part: Array, index: tuple, q_start=None, k_start=None, i=None) -> Array:
+    def _tile_shape(self, o: Output, sizes: list[int]) -> tuple[int, ...]:
+        part = jax.ShapeDtypeStruct(tuple(sizes), o.dtype)
+        return jax.eval_shape(lambda x: tile_form(x, o.axes, self.n, self.sizes.group), part).shape
+
+    def _put(self, buffer: Array, o: Output, part: Array, place: _Place) -> Array:
         """Adds a part, in tile form, to an output (or writes it, where rows are computed whole)."""
-        starts, sizes = self._bounds(o.shape, o.axes, index, q_start, k_start)
-        shape = jax.eval_shape(
-            lambda x: tile_form(x, o.axes, self.n, self.sizes.group), jax.ShapeDtypeStruct(tuple(sizes), o.dtype)
-        ).shape
-        part = from_tile_form(reduce_to(part, shape), o.axes, self.n).astype(o.dtype)
+        starts, sizes = self._bounds(o.shape, o.axes, place)
+        part = from_tile_form(reduce_to(part, self._tile_shape(o, sizes)), o.axes, self.n).astype(o.dtype)
         if tuple(sizes) == buffer.shape and all(isinstance(x, int) for x in starts):
             return part if math.prod(self.chunks) == 1 and not o.by_pair else buffer + part
         if not self.overwrite:
             part = _dynamic_slice(buffer, starts, sizes) + part
         elif self.lengths["t"] % self.blocks.block_q:  # rows of the block before are not this block's to write
             axis = self.n + o.axes.index("t")
-            row = q_start + np.arange(self.blocks.block_q, dtype=np.int32)
-            new = (row >= i * self.blocks.block_q).reshape([-1 if a == axis else 1 for a in range(part.ndim)])
+            row = place.q_start + np.arange(self.blocks.block_q, dtype=np.int32)
+            new = (row >= place.i * self.blocks.block_q).reshape([-1 if a == axis else 1 for a in range(part.ndim)])
             part = jnp.where(new, part, _dynamic_slice(buffer, starts, sizes))
         return lax.dynamic_update_slice(buffer, part, [jnp.asarray(x, jnp.int32) for x in starts])
 
@@ -336,7 +353,7 @@ class _Visits:
         partial = (high > 0) & ~full
         # Stable order: partial 0, full 1, empty 2.
         rank = xp.where(partial, 0, xp.where(full, 1, 2))
-        self.order = rank.argsort(axis=-1, kind="stable").astype(xp.int32) if known else _argsort(rank)
+        self.order = _argsort(rank)
         self.partial = partial.sum(-1).astype(xp.int32)
         self.visited = self.partial + full.sum(-1).astype(xp.int32)
         self.any_partial = not known or bool(partial.any())
@@ -363,7 +380,8 @@ class _Visits:
         """How many blocks of the list are partial, and how many there are."""
         if self.single:
             return (0, 1) if self.any_full else (1, 1)
-        return tuple(jnp.asarray(x)[self._at(x, index, i)] for x in (self.partial, self.visited))
+        partial, visited = (jnp.asarray(x)[self._at(x, index, i)] for x in (self.partial, self.visited))
+        return partial, visited
 
 
 def _flip(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -375,7 +393,9 @@ def _unflip(x: Array, o: Output) -> Array:
     return jnp.swapaxes(x, -1, -2) if o.flipped else x
 
 
-def _argsort(rank: Array) -> Array:
+def _argsort(rank: Any) -> Any:
+    if isinstance(rank, np.ndarray):
+        return np.argsort(rank, axis=-1, kind="stable").astype(np.int32)
     return jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)
 
 

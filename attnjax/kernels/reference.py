@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from attnjax.core.program import Problem
 from attnjax.core.softmax import finite
 from attnjax.core.tiles import Tile, from_tile_form, tile_form
-from attnjax.core.walk import level
+from attnjax.core.walk import push
 
 Array = jax.Array
 
@@ -36,9 +36,7 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Arr
     program, sizes, n = problem.program, problem.sizes, len(problem.sizes.batch)
     if sizes.key_length == 0 or sizes.query_length == 0:
         return _nothing(problem, operands)
-    parts = [
-        tile_form(x, axes, n, sizes.group) for x, axes in zip(operands, program.axes, strict=False)
-    ]
+    parts = [tile_form(x, axes, n, sizes.group) for x, axes in zip(operands, program.axes, strict=False)]
     parts = [x.astype(problem.accumulate) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in parts]
     spans = (0, sizes.key_heads), (0, sizes.query_length), (0, sizes.key_length)
     tile = Tile(sizes, sizes.batch_index(), sizes.batch, *spans)
@@ -49,8 +47,7 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Arr
         query = jnp.where(seen.any(-1)[..., None], query, 0)
         unseen = ~seen.any((-3, -2))[..., None]
         key, value = jnp.where(unseen, 0, key), jnp.where(unseen, 0, value)
-    exact = dict(precision=jax.lax.Precision.HIGHEST)
-    logits = program.scale * jnp.einsum("...kgth,...ksh->...kgts", query, key, **exact)
+    logits = program.scale * jnp.einsum("...kgth,...ksh->...kgts", query, key, precision=jax.lax.Precision.HIGHEST)
     logits = program.modify(logits, tile, [parts[i] for i in program.score_positions()])
     logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
     highest = logits.max(-1)
@@ -66,19 +63,23 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Arr
     empty = total == 0
     total = jnp.where(empty, 1, total)
     weights = program.drop(weights / total[..., None], tile, parts)
-    out = jnp.einsum("...kgts,...ksv->...kgtv", weights, value, **exact)
+    out = jnp.einsum("...kgts,...ksv->...kgtv", weights, value, precision=jax.lax.Precision.HIGHEST)
     lse = jnp.where(empty, -jnp.inf, highest + jnp.log(total))
     out = from_tile_form(out[..., None, :], "th.", n).astype(problem.dtype)
     return out, from_tile_form(lse[..., None], "th", n)
 
 
 def tangent(
-    problem: Problem, operands: list[Array], out: Array, lse: Array, moved: tuple[int, ...], tangents: list[Array]
+    problem: Problem,
+    operands: list[Array],
+    out: Array,
+    lse: Array,
+    moved: tuple[int, ...],
+    tangents: list[Array],
 ) -> tuple[Array, Array]:
     """Tangents of the output and the log-sum-exp, linear in the tangents of the operands in `moved`."""
     f = lambda *some: forward(problem, _with(operands, moved, some), "")
-    pairs = [level(operands[i], t) for i, t in zip(moved, tangents, strict=True)]
-    return jax.jvp(f, *zip(*pairs, strict=True))[1]
+    return push(f, [operands[i] for i in moved], tangents)
 
 
 def backward(

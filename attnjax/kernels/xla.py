@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from attnjax.core.program import Problem, Program
 from attnjax.core.softmax import add_sinks, finite, merge_max
 from attnjax.core.sweep import product_type, sweep
-from attnjax.core.walk import Output, Visit, level, walk
+from attnjax.core.walk import Output, Visit, level, push, walk
 from attnjax.tuning import choose_blocks
 
 Array = jax.Array
@@ -113,7 +113,12 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Arr
 
 
 def tangent(
-    problem: Problem, operands: list[Array], out: Array, lse: Array, moved: tuple[int, ...], tangents: list[Array]
+    problem: Problem,
+    operands: list[Array],
+    out: Array,
+    lse: Array,
+    moved: tuple[int, ...],
+    tangents: list[Array],
 ) -> tuple[Array, Array]:
     """Tangents of the output and the log-sum-exp, linear in the tangents of the operands in `moved`."""
     program, accumulate = problem.program, problem.accumulate
@@ -163,7 +168,8 @@ def backward(
         if i not in made:
             gradient = (-_sink_weight(program, operands, lse) * delta).sum(-2)
             made[i] = gradient.sum(
-                tuple(a for a, (x, y) in enumerate(zip(gradient.shape, shape, strict=True)) if x != y), keepdims=True
+                tuple(a for a, (x, y) in enumerate(zip(gradient.shape, shape, strict=True)) if x != y),
+                keepdims=True,
             )
     return [made[i] for i, _ in wanted]
 
@@ -277,8 +283,8 @@ class _View:
         moved = [n for n, d in enumerate(d_leaves) if d is not None]
         d_logits = d_raw
         if self.program.scores:
-            pairs = [level(self.raw, d_raw), *(level(self.leaves[n], d_leaves[n]) for n in moved)]
-            d_logits = jax.jvp(self._modify(moved), *zip(*pairs, strict=True))[1]
+            tangents = [d for d in d_leaves if d is not None]
+            d_logits = push(self._modify(moved), [self.raw, *(self.leaves[n] for n in moved)], [d_raw, *tangents])
         return d_logits if self.visible is None else jnp.where(self.visible, d_logits, 0)
 
     def pulled(self, d_logits: Array, wanted: tuple[int, ...]) -> tuple[Array, dict[int, Array]]:
