@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 
 project = "attnjax"
 author = "the attnjax authors"
-copyright = author
 version = release = installed_version("attnjax")
 
 extensions = [
@@ -35,6 +34,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "jupyter_execute", "**.ipynb_checkpoints"]
 nitpicky = False  # types such as jax.Array have no page here
+highlight_language = "text"  # of indented blocks; fenced ones say their own
 default_role = "code"  # docstrings write `[*B, T, N, H]` with single backticks
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
@@ -51,6 +51,7 @@ autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # the docstrings give shape, dtype and unit
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False
 napoleon_use_rtype = False
 add_module_names = False
 python_use_unqualified_type_names = True
@@ -58,6 +59,7 @@ python_use_unqualified_type_names = True
 html_math_renderer = "mathml"
 html_theme = "sphinx_book_theme"
 html_title = "attnjax"
+html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["attnjax.css"]
 html_theme_options = {
@@ -95,7 +97,12 @@ def plain_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
         formula = before_sections and line.startswith("    ")
         if formula and not made[-1]:
             made += ["::", ""]
-        made.append(line if example or formula else _escaped(line))
+        several = None if before_sections or example else re.fullmatch(r"( +)(\w+(?:, \w+)+): (.*)", line)
+        if several and "Attributes:" in made:  # napoleon knows several names in Args only
+            indent, names, text = several.groups()
+            made += [f"{indent}{name}: {_escaped(text)}" for name in names.split(", ")]
+        else:
+            made.append(line if example or formula else _escaped(line))
     lines[:] = made
 
 

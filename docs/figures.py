@@ -58,25 +58,18 @@ def show(*nodes: Any, size: tuple[int, int] = (12, 12), titles: list[str] | None
     panels = []
     for node in nodes:
         array = np.asarray(node.to_array(*size, **options))
-        flat = array.reshape(-1, *array.shape[-2:])
-        for i, one in enumerate(flat):
-            index = np.unravel_index(i, array.shape[:-2]) if array.ndim > 2 else ()
-            panels.append((one, _title(node, index)))
-    if titles is not None:
-        panels = [(array, title) for (array, _), title in zip(panels, titles, strict=True)]
-    columns = min(len(panels), 5)
-    rows = -(-len(panels) // columns)
-    scores = any(array.dtype != np.bool_ for array, _ in panels)
-    width = 1.5 + 0.3 * scores
-    height = 1.5 * size[0] / size[1] + 0.45
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
-    for ax, panel in zip(axes.flat, [*panels, *[None] * (rows * columns - len(panels))], strict=True):
-        if panel is None:
-            ax.axis("off")
-        elif panel[0].dtype == np.bool_:
-            _mask(ax, *panel)
+        most = max(float(np.abs(array).max()), 1e-6)  # one scale of colours for all panels of a node
+        for index in np.ndindex(array.shape[:-2]):
+            panels.append((array[index], _title(node, index), most))
+    scores = any(array.dtype != np.bool_ for array, _, _ in panels)
+    width, height = 1.5 + 0.3 * scores, 1.5 * size[0] / size[1] + 0.45
+    figure, axes = plt.subplots(1, len(panels), figsize=(width * len(panels), height), squeeze=False)
+    for i, (array, title, most) in enumerate(panels):
+        title = title if titles is None else titles[i]
+        if array.dtype == np.bool_:
+            _mask(axes[0, i], array, title)
         else:
-            _score(figure, ax, *panel)
+            _score(figure, axes[0, i], array, title, most)
     axes[0, 0].set_xlabel("key s →")
     axes[0, 0].set_ylabel("← query t")
     figure.tight_layout(pad=0.4, w_pad=0.8)
@@ -214,7 +207,7 @@ def _title(node: Any, index: tuple) -> str:
     if isinstance(node, And | Or):
         text = text[1:-1]  # the outer parentheses
     lines, line = [], ""
-    for word in re.split(r"(?<= [&|]) |(?<=,) ", text):
+    for word in re.split(r"(?<= [&|]) |(?<=,) (?![^\[]*\])", text):
         if line and len(line) + len(word) >= 22:
             lines, line = [*lines, line], word
         else:
@@ -232,8 +225,7 @@ def _mask(ax: Axes, seen: np.ndarray, title: str) -> None:
     ax.set_title(title, family="monospace")
 
 
-def _score(figure: Any, ax: Axes, values: np.ndarray, title: str) -> None:
-    most = max(float(np.abs(values).max()), 1e-6)
+def _score(figure: Any, ax: Axes, values: np.ndarray, title: str, most: float) -> None:
     image = ax.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most, interpolation="none")
     _grid(ax, values.shape, 1, 0.4)
     ax.set_title(title, family="monospace")

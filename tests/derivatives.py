@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,28 +143,38 @@ def derive(function, modes, along):
     return function
 
 
+def budgeted(build, arrays, dtype="float32"):
+    """What `build(*arrays)` gives in float64, and how far from it an answer in `dtype` may be.
+
+    The design's rule for all arrays of the answer taken as one: the plain formula's error in an operand that is a
+    single number is small by luck, and a derivative may be 0, or nearly, because large terms cancel. For the same
+    reason that error is at least what nudging the inputs by their own rounding changes, the most of some draws.
+    """
+    floats = lambda a: jnp.issubdtype(a.dtype, jnp.floating)
+    cast = lambda tree, to: jax.tree.map(lambda a: jnp.asarray(np.asarray(a), to) if floats(a) else a, tree)
+    rounding, unit = (float(jnp.finfo(kind).eps) for kind in ("float32" if dtype == "float64" else dtype, dtype))
+    rng = np.random.default_rng(0)
+    nudge = lambda a: a * (1 + rounding * rng.normal(size=a.shape)) if floats(a) else a
+    with jax.enable_x64(True):
+        exact = cast(arrays, "float64")
+        solve = lambda arrays: jax.tree.map(np.float64, _compiled(build)(*arrays))
+        want = solve(exact)
+        others = [solve(cast(arrays, "float32" if dtype == "float64" else dtype))]
+        others += [solve(jax.tree.map(nudge, exact)) for _ in range(8)]
+    error = max(max(jax.tree.leaves(jax.tree.map(worst, other, want))) for other in others)
+    largest = max(float(np.max(np.abs(a), where=np.isfinite(a), initial=0)) for a in jax.tree.leaves(want))
+    allowed = 2 * (error + rounding * largest) * unit / rounding
+    return Expected(want, jax.tree.map(lambda a: allowed, want))
+
+
+@functools.cache
+def _compiled(build):
+    return jax.jit(build, compiler_options=FAST_COMPILE)
+
+
 def _pushed(function, tangent):
     return lambda x: jax.jvp(function, (x,), (tangent,))[1]
 
 
 def _paired(function, tangent):
     return lambda x: dot(function(x), tangent)
-
-
-def budgeted(build, arrays, dtype="float32"):
-    """What `build(*arrays)` gives in float64, and how far from it an answer in `dtype` may be.
-
-    The design's rule for all arrays of the answer taken as one: the plain formula's error in an operand that is a
-    single number is small by luck, and a derivative may be 0, or nearly, because large terms cancel.
-    """
-    cast = lambda tree, to: jax.tree.map(lambda a: jnp.asarray(np.asarray(a), to), tree)
-    answers = {}
-    with jax.enable_x64(True):
-        for kind in ("float64", "float32" if dtype == "float64" else dtype):
-            answer = jax.jit(build, compiler_options=FAST_COMPILE)(*cast(arrays, kind))
-            answers[kind] = jax.tree.map(lambda a: np.asarray(a).astype(np.float64), answer)
-    (want, plain), eps = answers.values(), float(jnp.finfo(list(answers)[-1]).eps)
-    error = max(jax.tree.leaves(jax.tree.map(worst, plain, want)))
-    largest = max(float(np.max(np.abs(a), where=np.isfinite(a), initial=0)) for a in jax.tree.leaves(want))
-    allowed = 2 * (error + eps * largest) * float(jnp.finfo(dtype).eps) / eps
-    return Expected(want, jax.tree.map(lambda a: allowed, want))

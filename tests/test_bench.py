@@ -1,6 +1,7 @@
 """attnjax bench and what it rests on: costs against hand counts, peers against the oracle, the command for real."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import re
@@ -165,14 +166,19 @@ RULES = {
 }
 
 
+@functools.cache
+def _asked(rules):
+    case = dataclasses.replace(SMALL, name=rules, **RULES[rules])
+    arrays = case.draw()
+    return case, arrays, accuracy.consult(case, arrays)
+
+
 @pytest.mark.parametrize("name", ["xla", "jax.nn", "flax", "torch", "tokamax"])
 @pytest.mark.parametrize("rules", RULES)
 def test_a_competitor_does_the_case_or_says_why_not(name, rules):
-    if not peers.COMPETITORS[name].installed:
-        pytest.skip(f"{name} is not installed")
-    case = dataclasses.replace(SMALL, name=rules, **RULES[rules])
-    arrays = case.draw()
-    oracle = accuracy.consult(case, arrays)
+    if peers.COMPETITORS[name].absent:
+        pytest.skip(f"{name}: {peers.COMPETITORS[name].absent}")
+    case, arrays, oracle = _asked(rules)
     try:
         prepared = peers.COMPETITORS[name].prepare(case, arrays, 2**30, True)
     except peers.CannotDo as error:
@@ -286,7 +292,7 @@ def test_a_peer_that_is_not_installed(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["bench", "--impl", "torch"])
     assert stopped.value.code == 2
-    assert "--impl torch: no_such_module is not installed: pip install 'attnjax[peers]'" in capsys.readouterr().err
+    assert "--impl torch: not installed: pip install 'attnjax[peers]'" in capsys.readouterr().err
 
 
 def test_what_needs_too_much_memory_is_a_row_that_says_so(capsys):
@@ -383,7 +389,7 @@ def _record():
         "versions": {"jax": "0"},
         "matmul_rates": {"float32": {"median": 5e11, "best": 6e11}},
         "implementations": ["xla", "reference"],
-        "absent": ["tokamax"],
+        "absent": {"tokamax": "not installed: get it"},
         "rows": [own, other, refused, skipped],
     }
 
@@ -404,6 +410,13 @@ def test_styles(style, capsys):
         pytest.skip("rich is not installed")
     report.show(_record(), style)
     printed = " ".join(capsys.readouterr().out.split())
-    for text in ("float32 500 GFLOP/s", "10.00", "too big", "4.00 x jax.nn", "tokamax (not installed)", "no news"):
+    for text in (
+        "float32 500 GFLOP/s",
+        "10.00",
+        "too big",
+        "4.00 x jax.nn",
+        "tokamax (not installed: get it)",
+        "no news",
+    ):
         assert text in printed
     assert ("| one | xla |" in printed) == (style == "markdown")

@@ -158,66 +158,62 @@ class Case:
         return f"{sizes} {' '.join(rules) or 'full'} {self.dtype} {self.part}"
 
 
-def _parts(name: str, **fields: Any) -> list[Case]:
+def _parts(name: str, *, default_grad: bool = True, **fields: Any) -> list[Case]:
     """A case and its `-grad`."""
-    return [Case(name, **fields), Case(f"{name}-grad", **fields, backward=True)]
+    default = fields.pop("default", True)
+    return [
+        Case(name, **fields, default=default),
+        Case(f"{name}-grad", **fields, backward=True, default=default and default_grad),
+    ]
 
 
-def _square(length: int, size: int = 64) -> dict[str, Any]:
-    return {"T": length, "S": length, "H": size, "V": size}
+def _square(length: int, size: int = 64, heads: int = 8) -> dict[str, Any]:
+    return {"T": length, "S": length, "H": size, "V": size, "N": heads, "K": heads}
 
 
 def _grid() -> list[Case]:
-    """Full and causal at the usual lengths and head sizes."""
+    """Full and causal at the usual lengths and head sizes; a plain run measures two of the lengths."""
     return [
         case
         for length in (512, 1024, 2048, 4096, 8192)
         for size in (64, 128)
-        for name in ("full", "causal")
+        for name, causal in (("full", False), ("causal", True))
         for case in _parts(
-            f"{name}-{length}-d{size}",
-            **_square(length, size),
-            causal=name == "causal",
-            default=length in (1024, 4096),
+            f"{name}-{length}-d{size}", **_square(length, size), causal=causal, default=length in (1024, 4096)
         )
     ]
 
 
-# In order of time: what a plain run measures first is done first.
+def _long(name: str, *, default: bool = False, **rules: Any) -> Case:
+    """The gradient at 16384 tokens: where memory decides."""
+    return Case(f"{name}-16k-h4-grad", **_square(16384, heads=4), **rules, backward=True, default=default)
+
+
 CASES: tuple[Case, ...] = (
-    *_parts("tiny", T=16, S=16, N=4, K=4, H=32, V=32),
+    *_parts("tiny", **_square(16, 32, heads=4)),
     *_parts("batch-32x128", B=32, **_square(128)),
     Case("decode-32k", T=1, S=32768),
     Case("decode-gqa-32k", T=1, S=32768, N=32, K=8, H=128, V=128, dtype="bfloat16", default=False),
     *_grid(),
-    *_parts("documents-4096", **_square(4096), documents=16),
-    *_parts("alibi-2048", **_square(2048), causal=True, alibi=True),
-    *_parts("softcap-2048", **_square(2048), causal=True, soft_cap=50.0),
-    *_parts("bias-2048", **_square(2048), bias="1N1S"),
-    *_parts("gqa-2048", **_square(2048) | {"N": 32, "K": 8}, causal=True),
+    *_parts("documents-4096", **_square(4096), documents=16, default_grad=False),
+    *_parts("alibi-2048", **_square(2048), causal=True, alibi=True, default_grad=False),
+    *_parts("softcap-2048", **_square(2048), causal=True, soft_cap=50.0, default_grad=False),
+    *_parts("bias-2048", **_square(2048), bias="1N1S", default_grad=False),
+    *_parts("gqa-2048", T=2048, S=2048, N=32, K=8, causal=True, default_grad=False),
+    *_parts("causal-2048-bfloat16", **_square(2048), causal=True, dtype="bfloat16", default_grad=False),
     *_parts("padding-2048", **_square(2048), length=1500, default=False),
     *_parts("cross-333x2049", T=333, S=2049, default=False),
-    *_parts("value-192-128", **_square(2048) | {"H": 192, "V": 128}, causal=True, default=False),
+    *_parts("value-192-128", T=2048, S=2048, H=192, V=128, causal=True, default=False),
     *_parts("pair-bias-8x1024", B=8, **_square(1024), bias="11TS", default=False),
-    Case("causal-2048-bfloat16", **_square(2048), causal=True, dtype="bfloat16"),
-    Case(
-        "causal-2048-bfloat16-grad",
-        **_square(2048),
-        causal=True,
-        dtype="bfloat16",
-        backward=True,
-        default=False,
-    ),
-    # Forward the 8 heads of the other cases, to compare times; with gradients 4, to compare memory.
     Case("window512-16k", **_square(16384), window=512),
     Case("causal-16k", **_square(16384), causal=True),
-    Case("causal-16k-h4-grad", **_square(16384), N=4, K=4, causal=True, backward=True),
-    Case("window512-16k-h4-grad", **_square(16384), N=4, K=4, window=512, backward=True, default=False),
-    Case("full-16k-h4-grad", **_square(16384), N=4, K=4, backward=True, default=False),
-    Case("documents-16k-h4-grad", **_square(16384), N=4, K=4, documents=16, backward=True, default=False),
-    Case("alibi-16k-h4-grad", **_square(16384), N=4, K=4, causal=True, alibi=True, backward=True, default=False),
-    Case("bias-16k-h4-grad", **_square(16384), N=4, K=4, bias="1N1S", backward=True, default=False),
-    Case("causal-128k-h1-grad", **_square(131072), N=1, K=1, causal=True, backward=True, default=False),
+    _long("full"),
+    _long("causal", causal=True, default=True),
+    _long("window512", window=512),
+    _long("documents", documents=16),
+    _long("alibi", causal=True, alibi=True),
+    _long("bias", bias="1N1S"),
+    Case("causal-128k-h1-grad", **_square(131072, heads=1), causal=True, backward=True, default=False),
 )
 
 

@@ -157,11 +157,11 @@ def _names(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> tu
     for name in arguments.impl or ():
         if name not in COMPETITORS:
             parser.error(_unknown("--impl", name, list(COMPETITORS)))
-        if not COMPETITORS[name].installed:
-            parser.error(f"--impl {name}: {COMPETITORS[name].module} is not installed: {COMPETITORS[name].install}")
+        if COMPETITORS[name].absent:
+            parser.error(f"--impl {name}: {COMPETITORS[name].absent}")
     if arguments.impl:
         return tuple(name for name in COMPETITORS if name in arguments.impl)
-    return tuple(name for name, competitor in COMPETITORS.items() if competitor.installed)
+    return tuple(name for name, competitor in COMPETITORS.items() if not competitor.absent)
 
 
 def _unknown(option: str, name: str, known: Sequence[str]) -> str:
@@ -186,8 +186,7 @@ def _list(cases: list[Case]) -> None:
         print(f" {'*' if case.default else ' '} {case.name:28} {case.describe()}")
     print("\ncompetitors")
     for name, competitor in COMPETITORS.items():
-        what = "" if competitor.installed else f"not installed: {competitor.install}"
-        print(f"   {name:28} {what}".rstrip())
+        print(f"   {name:28} {competitor.absent or ''}".rstrip())
 
 
 def _version() -> str:

@@ -76,8 +76,21 @@ class Competitor:
     prepare: Callable[[Case, Arrays, float, bool], Prepared]
 
     @property
-    def installed(self) -> bool:
-        return importlib.util.find_spec(self.module) is not None
+    def absent(self) -> str | None:
+        """Why it cannot take part, or `None`."""
+        error = _import_error(self.module)
+        return None if error is None else f"{error}: {self.install}"
+
+
+@functools.cache
+def _import_error(module: str) -> str | None:
+    if importlib.util.find_spec(module) is None:
+        return "not installed"
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return f"cannot be imported ({error})"
+    return None
 
 
 def _attnjax(name: str, case: Case, arrays: Arrays, limit: float, asked: bool) -> Prepared:

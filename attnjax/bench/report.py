@@ -12,18 +12,7 @@ from typing import Any
 
 Record = dict[str, Any]
 
-HEADINGS = (
-    "case",
-    "implementation",
-    "ms",
-    "GFLOP/s",
-    "share",
-    "memory",
-    "error",
-    "x jax.nn",
-    "x torch",
-    "note",
-)
+HEADINGS = ("case", "impl", "ms", "GFLOP/s", "share", "memory", "error", "x jax.nn", "x torch", "note")
 _NUMBERS = HEADINGS[2:9]
 _AGAINST = ("jax.nn", "torch")
 _HEAVY = 1e9  # FLOPs; below, the time of a call is not that of its products
@@ -118,7 +107,7 @@ def footnotes(record: Record) -> list[str]:
     example = record["rows"][0]["command"] if record["rows"] else "attnjax bench --case NAME"
     skipped = {row["implementation"]: row["note"] for row in record["rows"] if row["status"] == "skipped"}
     left_out = [f"{name} (small cases only, {note}; --impl {name})" for name, note in skipped.items()]
-    left_out += [f"{name} (not installed)" for name in record["absent"]]
+    left_out += [f"{name} ({reason})" for name, reason in record["absent"].items()]
     lines = [*_READING, f"One case again: {example}"]
     return [*lines, f"Left out: {', '.join(left_out)}."] if left_out else lines
 

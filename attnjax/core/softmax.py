@@ -28,11 +28,32 @@ def merge_max(highest: Array, logits: Array) -> tuple[Array, Array, Array]:
     return new, jnp.exp(highest - safe), jnp.exp(logits - safe[..., None])
 
 
+def first_max(logits: Array) -> tuple[Array, Array]:
+    """The maximum and the weights of a block that has none before it; as `merge_max` without its first argument."""
+    highest = logits.max(-1)
+    return highest, jnp.exp(logits - finite(highest)[..., None])
+
+
 def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
-    """Attention over two sets of keys from attention over each.
+    """Attention over two sets of keys from attention over each of them.
 
     Args:
-      out_a, out_b: [..., V]; lse_a, lse_b: [...], -inf where nothing is seen.
+      out_a, out_b: outputs `[..., V]`.
+      lse_a, lse_b: log-sum-exps `[...]`, -inf where nothing is seen.
+
+    Returns:
+      The output and the log-sum-exp over both sets.
+
+    Example:
+      >>> import jax
+      >>> from attnjax import attention, merge
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 8, 2, 4))
+      >>> first, second = (attention(q, k[s], v[s], return_lse=True) for s in (slice(0, 5), slice(5, 8)))
+      >>> bool(abs(merge(*first, *second)[0] - attention(q, k, v)).max() < 1e-5)
+      True
+
+    References:
+      Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
     """
     lse = jnp.logaddexp(lse_a, lse_b)
     safe = finite(lse)

@@ -62,6 +62,7 @@ class Visit:
     fresh: Array | None  # pairs not visited before, at ragged ends
     accumulate: Any
     product: Any  # type in which matrix products take their factors
+    only: bool  # whether it is the only tile of its row, so that the state before it is empty
 
     def dot(self, spec: str, a: Array, b: Array) -> Array:
         """An einsum with float32 (float64) accumulation; `spec` is written without the lanes."""
@@ -231,7 +232,8 @@ class _Walk:
         b = _cut_batch(self.sizes.batch_index(), lanes_start, self.blocks.lanes)
         spans = (index[-1] * self.blocks.lanes_kv, self.blocks.lanes_kv), (q_start, self.blocks.block_q)
         tile = Tile(self.sizes, b, self.blocks.lanes, *spans, (k_start, self.blocks.block_k))
-        visit = Visit(tile, masked, self._fresh(tile, i, j) if masked else None, self.problem.accumulate, self.product)
+        fresh = self._fresh(tile, i, j) if masked else None
+        visit = Visit(tile, masked, fresh, self.problem.accumulate, self.product, self.visits.single)
         rows, made = self.step(visit, rows, parts)
         made = iter(made)
         sums, pairs = iter(sums), iter(pairs)
@@ -358,8 +360,8 @@ class _Visits:
         self.visited = self.partial + full.sum(-1).astype(xp.int32)
         self.any_partial = not known or bool(partial.any())
         self.any_full = not known or bool(full.any())
-        # One tile: no list is needed, and a block that is empty after all is masked like any other.
-        self.single = low.shape[-2:] == (1, 1)
+        # One tile in a row: no list is needed, and a block that is empty after all is masked like any other.
+        self.single = low.shape[-1] == 1
         if self.single:
             self.any_full = known and bool(full.all())
             self.any_partial = not self.any_full

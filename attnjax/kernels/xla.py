@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from attnjax.core.program import Problem, Program
-from attnjax.core.softmax import add_sinks, finite, merge_max
+from attnjax.core.softmax import add_sinks, finite, first_max, merge_max
 from attnjax.core.sweep import product_type, sweep
 from attnjax.core.walk import Output, Visit, level, push, walk
 from attnjax.tuning import choose_blocks
@@ -77,6 +77,9 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Arr
     def step(visit: Visit, state: Any, parts: list[Array]) -> tuple[Any, list[Array]]:
         out, highest, total = state
         view = _View(program, visit, parts)
+        if visit.only:
+            highest, weights = first_max(view.logits)
+            return (visit.dot("kgts,ksv->kgtv", view.drop(weights), view.value), highest, weights.sum(-1)), []
         highest, shrink, weights = merge_max(highest, view.logits)
         total = total * shrink + weights.sum(-1)
         out = out * shrink[..., None] + visit.dot("kgts,ksv->kgtv", view.drop(weights), view.value)
