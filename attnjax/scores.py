@@ -40,7 +40,7 @@ class Score(Node):
           >>> import jax.numpy as jnp
           >>> from attnjax import ALiBi
           >>> ALiBi(jnp.array([0.5])).to_array(2, 2).tolist()
-          [[[-0.0, -0.5], [-0.5, -0.0]]]
+          [[[0.0, -0.5], [-0.5, 0.0]]]
         """
         tile, node, plain = everything(self, query_length, key_length, batch, heads)
         logits = jnp.broadcast_to(node.evaluate(jnp.zeros(tile.shape, jnp.float32), tile), tile.shape)
