@@ -250,7 +250,8 @@ class Window(Mask):
         return kinds
 
     def __repr__(self) -> str:
-        parts = [f"left={_shown(self.left)}", f"right={_shown(self.right)}"]
+        sides = (("left", self.left), ("right", self.right))
+        parts = [f"{name}={describe(side)}" for name, side in sides if side is not None]
         parts += [] if _is_zero(self.offset) else [f"offset={describe(self.offset)}"]
         return _placed_repr("Window", parts, self.at_end)
 
@@ -349,7 +350,8 @@ class Segments(Mask):
         return _three_ranges(*grid.ends(self.query_ids, "t"), *grid.ends(self.key_ids, "s"))
 
     def __repr__(self) -> str:
-        return f"Segments({describe(self.query_ids)}, {describe(self.key_ids)})"
+        keys = "" if self.key_ids is self.query_ids else f", {describe(self.key_ids)}"
+        return f"Segments({describe(self.query_ids)}{keys})"
 
 
 class Lengths(Mask):
@@ -562,10 +564,6 @@ def _integers(node: str, name: str, value: Any) -> Any:
 
 def _is_zero(value: Any) -> bool:
     return isinstance(value, int) and value == 0
-
-
-def _shown(value: Any) -> str:
-    return "None" if value is None else describe(value)
 
 
 def _placed_repr(name: str, parts: list[str], at_end: bool) -> str:

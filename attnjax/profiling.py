@@ -21,8 +21,7 @@ Run = Callable[[], Any]  # does the work once and returns when it is done
 def attention_flops(pairs: int, head_size: int, value_size: int) -> dict[str, int]:
     """Floating-point operations of the matrix products of attention; softmax and scores are not counted.
 
-    Forward is two products: q k^T and p v. The flash backward is five: q k^T again, dO v^T, dV, dQ and dK.
-      The
+    Forward is two products: q k^T and p v. The flash backward is five: q k^T again, dO v^T, dV, dQ and dK. The
     tangent is five too: q k^T, dq k^T, q dk^T, p dv and dp v. Both come without the forward before them.
 
     Args:

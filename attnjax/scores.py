@@ -49,7 +49,7 @@ class Score(Node):
 
 
 class SoftCap(Score):
-    """cap * tanh(logit / cap): keeps logits within (-cap, cap).
+    """cap * tanh(logit / cap): keeps logits within (-cap, cap), also those that a `Bias` before it set to -inf.
 
     Args:
       cap: positive number, or an array `[]` or `[*B]`, which then gets a gradient.

@@ -24,9 +24,8 @@ class Blocks:
 
 
 # Rows (queries times the group) and keys of a tile, and pairs of all lanes that are computed together. Measured on two
-# Zen 5 cores at S from 512 to 16384: below 512 rows the threads of a matrix product wait for each other, above a
-# million pairs a tile leaves the second-level cache. On accelerators a tile must fill the device, so many heads go
-# together.
+# Zen 5 cores at S = 4096: with fewer rows the threads of a matrix product wait for each other; with more keys a causal
+# problem computes more pairs that nobody sees. On accelerators a tile must fill the device, so many heads go together.
 _TARGETS = {"cpu": (512, 512, 2**18), None: (512, 512, 2**24)}
 _FEW_ROWS = 2**16  # pairs of a tile with few rows (decoding), which is made wider instead
 

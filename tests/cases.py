@@ -74,9 +74,9 @@ def booleans(axes: str, batched: bool = False, share: float = 0.4) -> Draw:
 
 
 def documents(rng: np.random.Generator, shape: Shape) -> Arrays:
-    """Ids of packed documents, sorted, different per example, some keys without any query; and a prefix length."""
+    """Ids of packed documents: sorted, different per example, some keys without any query."""
     ids = lambda length: np.sort(rng.integers(0, 5, (*shape.batch, length)), axis=-1).astype(np.int32)
-    return {"a": ids(shape.T), "b": ids(shape.S), "c": np.int32(min(9, shape.S))}
+    return {"a": ids(shape.T), "b": ids(shape.S)}
 
 
 def order(rng: np.random.Generator, shape: Shape) -> Arrays:
@@ -120,7 +120,7 @@ MASKS = [
         "combined",
         lambda d: (aj.Causal() | aj.Prefix(d["c"])) & aj.Segments(d["a"], d["b"]) & ~aj.Dilated(4),
         lambda i, d: (causal(i) | (i.k < d["c"])) & same(i, d) & ((i.q - i.k) % 4 != 0),
-        documents,
+        lambda rng, shape: documents(rng, shape) | {"c": np.int32(min(9, shape.S))},
         ("a", "b"),
     ),
 ]

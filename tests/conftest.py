@@ -30,6 +30,20 @@ def pytest_addoption(parser):
         action="store_true",
         help="run every mask x score pair in every dtype, directly and under vmap, on every implementation",
     )
+    parser.addoption(
+        "--optimised",
+        action="store_true",
+        help="compile every test with all of XLA's optimisations, not only those that ask for them",
+    )
+
+
+def pytest_configure(config):
+    """Most programs here are compiled to be run once: without LLVM's optimisations that takes half the time.
+
+    What is computed and how much memory it takes are the same; the speed is not. A test that is about the optimised
+    code passes `problems.OPTIMISED` to jax.jit, one that measures time runs in a process of its own.
+    """
+    jax.config.update("jax_disable_most_optimizations", not config.getoption("--optimised"))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -27,9 +27,9 @@ IMPLEMENTATIONS = {
 }
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
-# Hundreds of small programs are compiled once and run once: LLVM's optimisations would take most of the time.
-# What users run is the optimised code, so the cases outside the big cross are compiled with the defaults.
+# `compiler_options` of jax.jit. Tests are compiled fast unless they say that they want what users run (conftest.py).
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
+OPTIMISED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,9 @@ def solver(case: Case, implementation: str | None, config: Any = None) -> Callab
 def poison(case: Case, inputs: Inputs) -> Inputs:
     """Puts NaN and infinities into every key, value and query row that takes no part in any visible pair."""
     shape = case.shape
-    visible = np.asarray(problem(case, inputs.d).visible).reshape(shape.B, shape.K, shape.N // shape.K, shape.T, shape.S)
+    visible = np.asarray(problem(case, inputs.d).visible).reshape(
+        shape.B, shape.K, shape.N // shape.K, shape.T, shape.S
+    )
     keys = visible.any((2, 3)).transpose(0, 2, 1).reshape(*shape.batch, shape.S, shape.K)
     queries = visible.any(4).reshape(shape.B, shape.N, shape.T).transpose(0, 2, 1)
     queries = queries.reshape(*shape.batch, shape.T, shape.N)

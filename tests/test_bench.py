@@ -275,7 +275,7 @@ def test_list_of_some(capsys):
         (["--dtype", "float31"], "--dtype float31: unknown; did you mean float32"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--json", "no/such/place.json"], "--json no/such/place.json: there is no directory no/such"),
-        (["--show", "no-such-file.json"], "--show no-such-file.json: not a file that --json wrote"),
+        (["--show", "no-such-file.json"], "--show no-such-file.json: cannot be read"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -284,6 +284,14 @@ def test_words_that_make_no_sense(words, message, capsys):
         cli.main(["bench", *words])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_not_shown(tmp_path, capsys):
+    file = tmp_path / "other.json"
+    file.write_text("[1]")
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--show", str(file)])
+    assert "not a file that --json of this version wrote" in capsys.readouterr().err
 
 
 def test_a_peer_that_is_not_installed(monkeypatch, capsys):

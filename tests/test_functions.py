@@ -135,7 +135,10 @@ def test_the_drop_in_computes_what_jax_nn_computes(rng, arguments, visible, bias
     """Ours is within its budget of the oracle; jax.nn is close to the same oracle wherever a row sees something."""
     x = drawn(rng)
     problem = Problem(
-        SHAPE, np.broadcast_to(visible, full), (lambda s, i, x: s + i.per(jnp.asarray(bias, s.dtype), "nts")) if bias is not None else None, scale
+        SHAPE,
+        np.broadcast_to(visible, full),
+        (lambda s, i, x: s + i.per(jnp.asarray(bias, s.dtype), "nts")) if bias is not None else None,
+        scale,
     )
     out, residual = aj.dot_product_attention(*x.values(), **arguments, return_residual=True)
     agrees(problem, x, out, residual)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cases import MASKS, SCORES
 from oracle import Problem, Shape, expected
-from problems import IMPLEMENTATIONS, Case, draw, expect, solver
+from problems import IMPLEMENTATIONS, OPTIMISED, Case, draw, expect, solver
 
 import attnjax as aj
 from attnjax.kernels import xla
@@ -212,16 +212,16 @@ def test_the_order_of_the_keys_does_not_matter(attend, qkv, rng):
     agree(permuted, attend(q, k, v, score=aj.Bias(bias)))
 
 
-@pytest.mark.parametrize("blocks", [(1, 16), (16, 1), (7, 11), (64, 8), (128, 128)], ids=str)
-def test_block_sizes_do_not_matter(blocks):
-    """Two tilings differ by rounding alone: same values, gradients and tangents, same dropped weights."""
+def test_block_sizes_do_not_matter():
+    """Tilings differ by rounding alone: same values, gradients and tangents, same dropped weights."""
     case = Case(COMBINED, EVERYTHING)
     inputs = draw(case, "float32")
-    run = lambda config: jax.jit(solver(case, "xla", config))(*inputs)
-    got, other = run(xla.Config(*blocks)), run(xla.Config(16, 16))
     allowed = expect(case, inputs).allowed
-    finite = lambda a: jnp.where(jnp.isneginf(a), 0, a)
-    jax.tree.map(lambda a, b, limit: close(finite(a), finite(b), 2 * limit), got, other, allowed)
+    finite = lambda a: np.where(np.isneginf(a), 0, a)
+    run = lambda *blocks: jax.tree.map(finite, jax.jit(solver(case, "xla", xla.Config(*blocks)))(*inputs))
+    first = run(16, 16)
+    for blocks in [(1, 16), (16, 1), (7, 11), (128, 128)]:
+        jax.tree.map(lambda a, b, limit: close(a, b, 2 * limit), run(*blocks), first, allowed)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -230,9 +230,10 @@ def test_the_same_call_gives_the_same_bits(implementation):
     case = Case(COMBINED, EVERYTHING)
     inputs = draw(case, "float32")
     solve = solver(case, implementation, IMPLEMENTATIONS[implementation])
-    program = jax.jit(solve)
+    program = jax.jit(solve, compiler_options=OPTIMISED)
     first = program(*inputs)
-    for again in (program(*inputs), jax.jit(lambda *inputs: solve(*inputs))(*inputs)):
+    anew = jax.jit(lambda *inputs: solve(*inputs), compiler_options=OPTIMISED)
+    for again in (program(*inputs), anew(*inputs)):
         jax.tree.map(np.testing.assert_array_equal, again, first)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from attnjax.bench import report
 from attnjax.bench.cases import CASES, Case, select
 from attnjax.bench.peers import COMPETITORS
-from attnjax.bench.run import Row, Settings, default_limit, measure, record
+from attnjax.bench.run import FORMAT, Row, Settings, default_limit, measure, record
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -65,9 +65,12 @@ def _bench(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     style = "markdown" if arguments.markdown else report.style_for(sys.stdout.isatty())
     if arguments.show:
         try:
-            report.show(json.loads(arguments.show.read_text()), style)
-        except (OSError, ValueError, KeyError) as error:
-            parser.error(f"--show {arguments.show}: not a file that --json wrote ({error})")
+            made = json.loads(arguments.show.read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"--show {arguments.show}: cannot be read ({error})")
+        if not isinstance(made, dict) or made.get("format") != FORMAT:
+            parser.error(f"--show {arguments.show}: not a file that --json of this version wrote")
+        report.show(made, style)
         return 0
     cases, names = _cases(arguments, parser), _names(arguments, parser)
     if arguments.list:

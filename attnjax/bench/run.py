@@ -26,6 +26,8 @@ from attnjax.bench.cases import Arrays, Case
 from attnjax.bench.peers import COMPETITORS, CannotDo, Prepared, Refused, Skipped
 from attnjax.core.dispatch import KERNELS
 
+FORMAT = 1  # of the record
+
 _SECONDS = 1.0  # rounds of a case go on about so long, but there are at least _LEAST
 _LEAST, _MOST = 3, 15
 _SLOW, _FAR = 1.0, 4.0  # one round is enough for what takes over a second and 4 times as long as the fastest
@@ -243,7 +245,7 @@ def record(rows: list[Row], settings: Settings, command: list[str], seconds: flo
         if row.matmul_rate is not None:
             rates.setdefault(row.dtype, []).append(row.matmul_rate)
     return {
-        "format": 1,
+        "format": FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["attnjax", *command]),
         "seconds": round(seconds, 1),

@@ -61,7 +61,7 @@ def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
     return {
         "forward": copies + 2 * tile,
         "backward": 2 * copies + query * problem.value_size + 3 * tile + 2 * rows,
-        "tangent": 2 * copies + rows * (problem.value_size + 1) + 4 * tile,
+        "tangent": 2 * copies + 4 * tile + rows,
     }
 
 
@@ -79,10 +79,14 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Arr
         view = _View(program, visit, parts)
         if visit.only:
             highest, weights = first_max(view.logits)
-            return (visit.dot("kgts,ksv->kgtv", view.drop(weights), view.value), highest, weights.sum(-1)), []
+            return (
+                visit.dot("kgts,ksv->kgtv", view.drop(weights), view.seen(view.value)),
+                highest,
+                weights.sum(-1),
+            ), []
         highest, shrink, weights = merge_max(highest, view.logits)
         total = total * shrink + weights.sum(-1)
-        out = out * shrink[..., None] + visit.dot("kgts,ksv->kgtv", view.drop(weights), view.value)
+        out = out * shrink[..., None] + visit.dot("kgts,ksv->kgtv", view.drop(weights), view.seen(view.value))
         return (out, highest, total), []
 
     def finish(state: Any) -> list[Array]:
@@ -200,13 +204,13 @@ class _Tangent:
         view = _View(self.program, visit, own)
         d_raw = jnp.zeros(visit.tile.shape, visit.accumulate)
         if 0 in tangents:
-            d_raw = d_raw + visit.dot("kgth,ksh->kgts", view.scale * view.seeing(_rows(tangents[0])), view.key)
+            d_raw = d_raw + visit.dot("kgth,ksh->kgts", view.scale * _rows(tangents[0]), view.key)
         if 1 in tangents:
-            d_raw = d_raw + visit.dot("kgth,ksh->kgts", view.query, view.seen(_columns(tangents[1])))
+            d_raw = d_raw + visit.dot("kgth,ksh->kgts", view.query, _columns(tangents[1]))
         d_leaves = [tangents.get(i) for i in self.program.score_positions()]
         weights = jnp.exp(view.logits - lse[..., 0, None])
         change = weights * view.pushed(d_raw, d_leaves)
-        d_out = visit.dot("kgts,ksv->kgtv", view.drop(change), view.value)
+        d_out = visit.dot("kgts,ksv->kgtv", view.drop(change), view.seen(view.value))
         if 2 in tangents:
             d_out = d_out + visit.dot("kgts,ksv->kgtv", view.drop(weights), view.seen(_columns(tangents[2])))
         return [d_out[..., None, :], change.sum(-1, keepdims=True)]
@@ -232,17 +236,17 @@ class _Backward:
     def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
         *own, lse, ct_out, delta = parts
         view = _View(self.program, visit, own)
-        ct_out = view.seeing(_rows(ct_out))
+        ct_out = _rows(ct_out)
         weights = jnp.exp(view.logits - lse[..., 0, None])
         d_weights = view.drop(visit.dot("kgtv,ksv->kgts", ct_out, view.value))
         d_raw, d_leaves = view.pulled(weights * (d_weights - delta[..., 0, None]), self.wanted)
         made = {}
         if 0 in self.wanted:
-            made[0] = (view.scale * visit.dot("kgts,ksh->kgth", d_raw, view.key))[..., None, :]
+            made[0] = (view.scale * visit.dot("kgts,ksh->kgth", d_raw, view.seen(view.key)))[..., None, :]
         if 1 in self.wanted:
-            made[1] = visit.dot("kgth,kgts->khs", view.query, d_raw)[..., None, None, :, :]
+            made[1] = visit.dot("kgth,kgts->khs", view.seeing(view.query), d_raw)[..., None, None, :, :]
         if 2 in self.wanted:
-            made[2] = visit.dot("kgtv,kgts->kvs", ct_out, view.drop(weights))[..., None, None, :, :]
+            made[2] = visit.dot("kgtv,kgts->kvs", view.seeing(ct_out), view.drop(weights))[..., None, None, :, :]
         made.update(d_leaves)
         return [made[i] for i in self.wanted]
 
@@ -250,20 +254,25 @@ class _Backward:
 class _View:
     """A tile as the formulas see it: query (scaled), key, value, and the logits after scores and mask.
 
-    Queries that see nothing in the tile and keys that are not seen in it read as 0: whatever stands in padding, even
-    NaN, meets only weights of 0 and must not turn them into NaN.
+    Padding may hold anything, even NaN, and a weight of 0 times NaN is NaN. So what is summed over keys goes through
+    `seen`, what is summed over queries through `seeing`: they put 0 where no query sees the key, and where the query
+    sees no key. Logits need no such care, because the mask replaces those that are not seen.
     """
 
     def __init__(self, program: Program, visit: Visit, own: list[Array]):
         self.program, self.visit, self.own, self.scale = program, visit, own, program.scale
         self.visible = _visible(program, visit, own)
-        self.query = self.seeing(_rows(own[0])) * program.scale
-        self.key, self.value = self.seen(_columns(own[1])), self.seen(_columns(own[2]))
+        self.query = _rows(own[0]) * program.scale
+        self.key, self.value = _columns(own[1]), _columns(own[2])
         self.raw = visit.dot("kgth,ksh->kgts", self.query, self.key)
         self.leaves = [own[i] for i in program.score_positions()]
-        self.logits = program.modify(self.raw, visit.tile, self.leaves)
-        if self.visible is not None:
-            self.logits = jnp.where(self.visible, self.logits, -jnp.inf)
+        if program.scores:  # their derivatives must stay finite where nothing is seen
+            self.raw = self.masked(self.raw)
+        self.logits = self.masked(program.modify(self.raw, visit.tile, self.leaves), -jnp.inf)
+
+    def masked(self, pairs: Array, hidden: float = 0.0) -> Array:
+        """Pairs [..., K, G, t, s], `hidden` where the query does not see the key."""
+        return pairs if self.visible is None else jnp.where(self.visible, pairs, hidden)
 
     def seeing(self, rows: Array) -> Array:
         """Rows [..., K, G, t, *], 0 where the query sees nothing in this tile."""
@@ -288,12 +297,11 @@ class _View:
         if self.program.scores:
             tangents = [d for d in d_leaves if d is not None]
             d_logits = push(self._modify(moved), [self.raw, *(self.leaves[n] for n in moved)], [d_raw, *tangents])
-        return d_logits if self.visible is None else jnp.where(self.visible, d_logits, 0)
+        return self.masked(d_logits)
 
     def pulled(self, d_logits: Array, wanted: tuple[int, ...]) -> tuple[Array, dict[int, Array]]:
         """Cotangents of the raw logits, and of those operands of the scores that are wanted."""
-        if self.visible is not None:
-            d_logits = jnp.where(self.visible, d_logits, 0)
+        d_logits = self.masked(d_logits)
         positions = self.program.score_positions()
         moved = [n for n, i in enumerate(positions) if i in wanted]
         lanes = self.visit.tile.lanes  # a gradient is wanted per lane, also where the operand is shared by all
