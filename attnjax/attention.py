@@ -191,6 +191,7 @@ def build(
     if block_map is not None:
         missing = n + 3 - block_map.kinds.ndim
         operands.append(block_map.kinds.reshape((1,) * missing + block_map.kinds.shape))
+        axes.append("h..")
     program = Program(
         scale=scale,
         scores=tuple(jax.tree.structure(s) for s in scores),

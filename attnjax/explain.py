@@ -11,11 +11,11 @@ import numpy as np
 from jax.core import Tracer
 
 from attnjax.attention import build
-from attnjax.core.dispatch import PARTS, PLATFORMS, Choice, choose
+from attnjax.core.dispatch import PARTS, Choice, choose
 from attnjax.core.node import describe, is_array
 from attnjax.core.program import Problem
 from attnjax.profiling import attention_bytes, attention_flops
-from attnjax.tuning import Blocks, choose_blocks
+from attnjax.tuning import PLATFORMS, Blocks, choose_blocks
 
 
 @dataclasses.dataclass(frozen=True)

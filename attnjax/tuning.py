@@ -6,6 +6,8 @@ import dataclasses
 
 from attnjax.core.program import Problem
 
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:

@@ -75,6 +75,20 @@ def test_files_are_short_and_say_what_they_are(path):
     assert text.count("\n") <= 600
 
 
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_house_rules_that_can_be_read_off(path):
+    """Imports by full name (others would pass by the staircase), no environment variables, no silent except."""
+    assert path.stem not in ("utils", "util", "helpers", "common", "misc")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("environ", "getenv"), f"line {node.lineno}: behaviour from the environment"
+        if isinstance(node, ast.ExceptHandler):
+            silent = all(isinstance(line, (ast.Pass, ast.Continue)) for line in node.body)
+            assert node.type is not None and not silent, f"line {node.lineno}: an error that nobody hears of"
+
+
 PUBLIC = sorted(name for name in vars(attnjax) if not name.startswith("_"))
 
 

@@ -10,7 +10,6 @@ from attnjax.core.program import Problem
 from attnjax.kernels import reference, xla
 
 KERNELS: dict[str, ModuleType] = {"xla": xla, "reference": reference}
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 PARTS = ("forward", "backward", "tangent", "higher")  # higher: derivatives of second order and up
 
 _ORDER = {"cpu": ("xla",), "cuda": ("xla",), "rocm": ("xla",), "tpu": ("xla",)}

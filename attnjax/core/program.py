@@ -28,7 +28,7 @@ class Program:
     mask: tuple[Any, ...]  # a tree structure, or nothing
     sinks: bool
     dropout: float  # rate; 0 for none
-    axes: tuple[str, ...]  # of every operand but the block map
+    axes: tuple[str, ...]  # of every operand
     has_map: bool
 
     @property
@@ -42,7 +42,7 @@ class Program:
     @property
     def count(self) -> int:
         """Number of operands."""
-        return len(self.axes) + self.has_map
+        return len(self.axes)
 
     def mask_of(self, operands: list[Any]) -> Any:
         """The mask with these operands as leaves, or `None`."""
@@ -52,11 +52,11 @@ class Program:
 
     def score_positions(self) -> tuple[int, ...]:
         """Where the operands of the scores stand."""
-        return tuple(range(self._scores_start, len(self.axes)))
+        return tuple(range(self._scores_start, self.count - self.has_map))
 
     def map_positions(self) -> tuple[int, ...]:
         """Where the operands stand that decide which blocks are visited."""
-        return (len(self.axes),) if self.has_map else tuple(range(self._leaves_start, self._scores_start))
+        return (self.count - 1,) if self.has_map else tuple(range(self._leaves_start, self._scores_start))
 
     def sinks_of(self, operands: list[Any]) -> Array | None:
         """The sinks, [*batch, N], or `None`."""
@@ -64,7 +64,7 @@ class Program:
 
     def map_of(self, operands: list[Any]) -> Array | None:
         """The block map a user passed, or `None`."""
-        return operands[len(self.axes)] if self.has_map else None
+        return operands[self.count - 1] if self.has_map else None
 
     def modify(self, logits: Array, tile: Tile, leaves: list[Any]) -> Array:
         """Applies the scores in their order; `leaves` are the score operands in tile form."""

@@ -18,8 +18,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from attnjax.core.program import Problem
-from attnjax.core.walk import Output, Visit, push, reduce_to, walk
-from attnjax.tuning import choose_blocks
+from attnjax.core.walk import Output, Visit, Walk, push, reduce_to
+from attnjax.tuning import PLATFORMS, choose_blocks
 
 Array = jax.Array
 
@@ -81,22 +81,19 @@ def _run(*operands: Array, platform: str, problem: Problem, fn: TileFunction, ax
         return state, [x for x, row in zip(made, rows, strict=True) if not row]
 
     blocks = choose_blocks(problem, platform)
-    own = list(operands[: problem.program.count])
-    kinds = problem.kinds(own, blocks.block_q, blocks.block_k)
-    count = len(problem.program.axes)
-    visited = [x for i, x in enumerate(operands) if not (problem.program.has_map and i == count)]
-    return walk(
+    kinds = problem.kinds(list(operands), blocks.block_q, blocks.block_k)
+    return Walk(
         problem,
         blocks,
         kinds,
-        visited,
-        [a for i, a in enumerate(axes) if not (problem.program.has_map and i == count)],
+        list(operands),
+        list(axes),
         list(outputs),
         start,
         step,
         lambda state: state,
         product=product_type(problem, platform),
-    )
+    ).run()
 
 
 def _part_shape(axes: str, own: tuple[int, ...], tile: tuple[int, ...], lanes: tuple[int, ...]) -> tuple[int, ...]:
@@ -245,15 +242,13 @@ def register(
     abstract: Any,
     body: Any,
     batch: Any,
-    *,
-    platforms: tuple[str, ...] = ("cpu", "cuda", "tpu"),
 ) -> None:
     """Gives a primitive its shapes, its batching and, per platform, its body: a function with a `platform` argument."""
     primitive.def_abstract_eval(abstract)
     eager = jax.jit(lambda *args, params: primitive.bind(*args, **dict(params)), static_argnames="params")
     primitive.def_impl(lambda *args, **params: eager(*args, params=tuple(params.items())))
     batching.primitive_batchers[primitive] = batch
-    for platform in (None, *platforms):
+    for platform in (None, *PLATFORMS):
         lower = mlir.lower_fun(partial(body, platform=platform or "other"), multiple_results=True)
         mlir.register_lowering(primitive, lower, platform=platform)
 

@@ -19,7 +19,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad
 
-from attnjax.core.dispatch import PLATFORMS, choose
+from attnjax.core.dispatch import choose
 from attnjax.core.program import Problem
 from attnjax.core.sweep import instantiate, lead, register
 from attnjax.core.walk import push
@@ -163,9 +163,9 @@ def _derivative(body: Any, primals: list, tangents: list) -> list[Array]:
 def _register() -> None:
     outputs = lambda *args, problem, **_: _outputs(problem)
     gradients = lambda *args, problem, wanted: [ShapedArray(s, problem.accumulate) for _, s in wanted]
-    register(attention_p, outputs, _attention, _attention_batch, platforms=PLATFORMS)
-    register(tangent_p, outputs, _tangent, _tangent_batch, platforms=PLATFORMS)
-    register(backward_p, gradients, _backward, _backward_batch, platforms=PLATFORMS)
+    register(attention_p, outputs, _attention, _attention_batch)
+    register(tangent_p, outputs, _tangent, _tangent_batch)
+    register(backward_p, gradients, _backward, _backward_batch)
     ad.primitive_jvps[attention_p] = _attention_jvp
     ad.primitive_jvps[tangent_p] = _tangent_jvp
     ad.primitive_transposes[tangent_p] = _tangent_transpose

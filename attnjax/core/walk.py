@@ -1,4 +1,4 @@
-"""`walk`: visits the tiles of a problem that are not empty, in linear memory. Loops only; the sums are the caller's.
+"""`Walk`: visits the tiles of a problem that are not empty, in linear memory. Loops only; the sums are the caller's.
 
     for chunk of lanes:                       (batch entries and heads that are computed together)
         for query block:
@@ -96,40 +96,6 @@ def push(f: Callable, primals: Iterable[Array], tangents: Iterable[Array]) -> An
     return jax.jvp(f, tuple(x for x, _ in pairs), tuple(d for _, d in pairs))[1]
 
 
-def walk(
-    problem: Problem,
-    blocks: Blocks,
-    kinds: Any,
-    operands: list[Any],
-    axes: list[str],
-    outputs: list[Output],
-    start: Callable[[tuple[int, ...]], Any],
-    step: Step,
-    finish: Callable[[Any], list[Array]],
-    *,
-    product: Any,
-    overwrite: bool = False,
-) -> list[Array]:
-    """Runs `step` on every tile that is not empty.
-
-    Args:
-      problem: the sizes.
-      blocks: how to cut them.
-      kinds: int8 block map for these blocks, numpy where known.
-      operands: arrays in operand form, and `axes` of each. Floating-point parts reach `step` as float32 (float64).
-      outputs: what is made. Those by row come from `finish`, in this order; the others are summed over the steps.
-      start: shape of a tile -> state of a row of tiles.
-      step: (visit, state, parts of the operands in tile form) -> (state, parts of the outputs that are not by row).
-      finish: state -> parts of the outputs by row.
-      product: type in which matrix products take their factors.
-      overwrite: rows are written instead of added; right only for rows that are computed whole each time.
-
-    Returns:
-      The outputs, in operand form.
-    """
-    return _Walk(problem, blocks, kinds, operands, axes, outputs, start, step, finish, product, overwrite).run()
-
-
 class _Place(NamedTuple):
     """Where a part stands: its chunk of lanes, its query block with its first query, its first key (`None`: all)."""
 
@@ -139,25 +105,47 @@ class _Place(NamedTuple):
     k_start: Any = None
 
 
-class _Walk:
-    def __init__(self, problem, blocks, kinds, operands, axes, outputs, start, step, finish, product, overwrite):
-        self.problem, self.sizes, self.blocks = problem, problem.sizes, blocks
-        self.operands, self.axes, self.outputs = operands, axes, outputs
-        self.start, self.step, self.finish = start, step, finish
-        self.product, self.overwrite = product, overwrite
+@dataclasses.dataclass
+class Walk:
+    """Runs `step` on every tile that is not empty.
+
+    Attributes:
+      problem: the sizes; blocks: how to cut them.
+      kinds: int8 block map for these blocks, numpy where known.
+      operands: arrays in operand form, and `axes` of each. Floating-point parts reach `step` as float32 (float64).
+      outputs: what is made. Those by row come from `finish`, in this order; the others are summed over the steps.
+      start: shape of a tile -> state of a row of tiles.
+      step: (visit, state, parts of the operands in tile form) -> (state, parts of the outputs that are not by row).
+      finish: state -> parts of the outputs by row.
+      product: type in which matrix products take their factors.
+      overwrite: rows are written instead of added; right only for rows that are computed whole each time.
+    """
+
+    problem: Problem
+    blocks: Blocks
+    kinds: Any
+    operands: list[Any]
+    axes: list[str]
+    outputs: list[Output]
+    start: Callable[[tuple[int, ...]], Any]
+    step: Step
+    finish: Callable[[Any], list[Array]]
+    product: Any
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        self.sizes = self.problem.sizes
         self.n = len(self.sizes.batch)
         self.lengths = {"t": self.sizes.query_length, "s": self.sizes.key_length}
-        self.blocks_of = {"t": blocks.block_q, "s": blocks.block_k}
+        self.blocks_of = {"t": self.blocks.block_q, "s": self.blocks.block_k}
         self.counts = {a: -(-self.lengths[a] // self.blocks_of[a]) for a in "ts"}
-        self.chunks = tuple(
-            size // lane
-            for size, lane in zip(
-                (*self.sizes.batch, self.sizes.key_heads), (*blocks.lanes, blocks.lanes_kv), strict=True
-            )
-        )
-        self.visits = _Visits(kinds, self)
+        lanes = (*self.blocks.lanes, self.blocks.lanes_kv)
+        sizes = (*self.sizes.batch, self.sizes.key_heads)
+        self.chunks = tuple(size // lane for size, lane in zip(sizes, lanes, strict=True))
+        self.visits = _Visits(self.kinds, self)
 
     def run(self) -> list[Array]:
+        """The outputs, in operand form."""
         buffers = [jnp.zeros(o.shape, o.dtype) for o in self.outputs]
         count = math.prod(self.chunks)
         if count == 0 or min(self.lengths.values()) == 0:
@@ -333,7 +321,7 @@ class _Walk:
 class _Visits:
     """For each chunk and query block, the list of key blocks to visit: partial ones first, then full ones."""
 
-    def __init__(self, kinds: Any, walk: _Walk):
+    def __init__(self, kinds: Any, walk: Walk):
         known = isinstance(kinds, np.ndarray)
         xp = np if known else jnp
         n, lanes, sizes = walk.n, (*walk.blocks.lanes, walk.blocks.lanes_kv), walk.sizes

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from attnjax.core.program import Problem, Program
 from attnjax.core.softmax import add_sinks, finite, first_max, merge_max
 from attnjax.core.sweep import product_type, sweep
-from attnjax.core.walk import Output, Visit, level, push, walk
+from attnjax.core.walk import Output, Visit, Walk, level, push
 from attnjax.tuning import choose_blocks
 
 Array = jax.Array
@@ -101,11 +101,11 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Arr
     sinks = program.sinks_of(operands)
     kept = jnp.dtype(problem.dtype) if sinks is None else accumulate
     outputs = [Output("th.", out_shape, kept), Output("th", lse_shape, accumulate)]
-    out, lse = walk(
+    out, lse = Walk(
         problem,
         blocks,
         kinds,
-        operands[: len(program.axes)],
+        operands,
         list(program.axes),
         outputs,
         start,
@@ -113,7 +113,7 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Arr
         finish,
         product=product_type(problem, platform),
         overwrite=True,
-    )
+    ).run()
     if sinks is not None:
         out, lse = add_sinks(out, lse, sinks[..., None, :].astype(accumulate))
     return out.astype(problem.dtype), lse
@@ -138,7 +138,7 @@ def tangent(
             problem,
             _Tangent(program, inner),
             [*operands, finite(lse), *values],
-            [*_all_axes(program), "th", *(program.axes[i] for i in inner)],
+            [*program.axes, "th", *(program.axes[i] for i in inner)],
             [Output("th.", out_shape, accumulate), Output("th", lse_shape, accumulate)],
         )
     if program.sinks and 3 in moved:
@@ -167,7 +167,7 @@ def backward(
             problem,
             _Backward(program, tuple(i for i, _ in inner)),
             [*operands, finite(lse), ct_out, delta],
-            [*_all_axes(program), "th", "th.", "th"],
+            [*program.axes, "th", "th.", "th"],
             [Output(program.axes[i], shape, accumulate) for i, shape in inner],
         )
         made = {i: g for (i, _), g in zip(inner, gradients, strict=True)}
@@ -198,7 +198,7 @@ class _Tangent:
         return ()
 
     def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
-        count = len(self.program.axes)
+        count = self.program.count
         own, lse = list(parts[:count]), parts[count]
         tangents = dict(zip(self.moved, parts[count + 1 :], strict=True))
         view = _View(self.program, visit, own)
@@ -344,10 +344,6 @@ def _rows(part: Array) -> Array:
 def _columns(part: Array) -> Array:
     """Tile form of an array by key, without the axes of the query: [*lanes, K, s, *]."""
     return part[..., 0, 0, :, :]
-
-
-def _all_axes(program: Program) -> list[str]:
-    return [*program.axes, *([""] if program.has_map else [])]
 
 
 def _sink_weight(program: Program, operands: list[Array], lse: Array) -> Array:
