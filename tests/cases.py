@@ -13,12 +13,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from draws import Draw, booleans, documents, integers, join, normal, nothing, order, slopes
 from oracle import Arrays, Index, Shape, alibi_slopes, t5_bucket
 
 import attnjax as aj
-
-Draw = Callable[[np.random.Generator, Shape], Arrays]
-nothing: Draw = lambda rng, shape: {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,37 +48,6 @@ class ScoreCase:
 
     def __repr__(self) -> str:
         return self.name
-
-
-def integers(low: int, high: int, *axes: str) -> Draw:
-    """Draws arrays `a`, `b`, ... of integers in [low, high): axes "" is [*batch], "t" is [*batch, T], "-" is []."""
-
-    def draw(rng: np.random.Generator, shape: Shape) -> Arrays:
-        sizes = {"t": shape.T, "s": shape.S}
-        tail = lambda a: () if a == "-" else (*shape.batch, *(sizes[c] for c in a))
-        return {name: rng.integers(low, high, tail(a)).astype(np.int32) for name, a in zip("abc", axes)}
-
-    return draw
-
-
-def booleans(axes: str, batched: bool = False, share: float = 0.4) -> Draw:
-    """Draws one boolean array `a` with the given share of True; axes of "nts", "1" for an axis of size one."""
-
-    def draw(rng: np.random.Generator, shape: Shape) -> Arrays:
-        sizes = {"n": shape.N, "t": shape.T, "s": shape.S, "1": 1}
-        return {"a": rng.random((*(shape.batch if batched else ()), *(sizes[c] for c in axes))) < share}
-
-    return draw
-
-
-def documents(rng: np.random.Generator, shape: Shape) -> Arrays:
-    """Ids of packed documents: sorted, different per example, some keys without any query."""
-    ids = lambda length: np.sort(rng.integers(0, 5, (*shape.batch, length)), axis=-1).astype(np.int32)
-    return {"a": ids(shape.T), "b": ids(shape.S)}
-
-
-def order(rng: np.random.Generator, shape: Shape) -> Arrays:
-    return {"a": rng.permutation(shape.T).astype(np.int32)}
 
 
 everything = lambda i, d: np.bool_(True)
@@ -266,25 +233,6 @@ VARIANTS = [
         ("a",),
     ),
 ]
-
-
-def normal(size: float = 1.0, /, **axes: str) -> Draw:
-    """Draws normal arrays by name; axes of "nts", "1" for an axis of size one, a leading "*" for the batch axes."""
-
-    def draw(rng: np.random.Generator, shape: Shape) -> Arrays:
-        sizes = {"n": (shape.N,), "t": (shape.T,), "s": (shape.S,), "1": (1,), "*": shape.batch, "8": (8,)}
-        return {name: size * rng.normal(size=sum((sizes[c] for c in a), ())) for name, a in axes.items()}
-
-    return draw
-
-
-def slopes(axes: str) -> Draw:
-    draw = normal(a=axes)
-    return lambda rng, shape: {"a": 0.1 + 0.2 * np.abs(draw(rng, shape)["a"])}
-
-
-def join(*draws: Draw) -> Draw:
-    return lambda rng, shape: {name: a for draw in draws for name, a in draw(rng, shape).items()}
 
 
 def buckets(i: Index, offset: int, bidirectional: bool) -> Any:

@@ -1,6 +1,7 @@
-"""Different ways of asking for the same attention give the same answer. No oracle here but for how close is the same."""
+"""Different ways of asking for the same attention give the same answer. The oracle only says how close is the same."""
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -60,14 +61,14 @@ def close(left, right, allowed):
 
 def merge(parts):
     """Attention over a union of disjoint key sets, from (out, lse) of each."""
-    outs, lses = zip(*parts)
+    outs, lses = zip(*parts, strict=True)
     lse = functools.reduce(jnp.logaddexp, lses)
-    return sum(out * jnp.exp(part - lse)[..., None] for out, part in zip(outs, lses)), lse
+    return sum(out * jnp.exp(part - lse)[..., None] for out, part in zip(outs, lses, strict=True)), lse
 
 
 def split(attend, q, k, v, mask, cuts=(0, 20, 41, S)):
     """Attention over three spans of keys apart, each with its columns of the mask, merged by log-sum-exp."""
-    return merge([attend(q, k[:, a:b], v[:, a:b], mask=mask[:, a:b]) for a, b in zip(cuts, cuts[1:])])
+    return merge([attend(q, k[:, a:b], v[:, a:b], mask=mask[:, a:b]) for a, b in itertools.pairwise(cuts)])
 
 
 def test_splitting_the_keys_and_merging_is_the_whole(attend, qkv):
@@ -83,9 +84,9 @@ def test_gradients_through_a_merge_are_those_of_the_whole(attend, qkv, rng):
     loss = lambda run: lambda qkv: (run(*qkv, mask=mask)[0] * weight).sum()
     got = jax.jit(jax.grad(loss(functools.partial(split, attend))))(qkv)
     want = jax.jit(jax.grad(loss(attend)))(qkv)
-    x = dict(zip(("query", "key", "value"), qkv))
+    x = dict(zip(("query", "key", "value"), qkv, strict=True))
     allowed = expected(Problem(Shape(batch=(2,))), x, x, (weight, jnp.zeros((2, T, N)))).allowed.gradients
-    for name, one, other in zip(x, got, want):
+    for name, one, other in zip(x, got, want, strict=True):
         close(one, other, 2 * allowed[name])
 
 
@@ -105,8 +106,8 @@ def test_segments_are_separate_runs(attend, qkv):
     cuts = [0, 5, 22, T]
     ids = jnp.asarray(np.repeat(np.arange(3), np.diff(cuts)), jnp.int32)
     packed = attend(q, k[:, :T], v[:, :T], mask=aj.Segments(ids) & aj.Causal())
-    apart = [attend(q[:, a:b], k[:, a:b], v[:, a:b], mask=aj.Causal()) for a, b in zip(cuts, cuts[1:])]
-    agree(packed, [jnp.concatenate(parts, axis=1) for parts in zip(*apart)])
+    apart = [attend(q[:, a:b], k[:, a:b], v[:, a:b], mask=aj.Causal()) for a, b in itertools.pairwise(cuts)]
+    agree(packed, [jnp.concatenate(parts, axis=1) for parts in zip(*apart, strict=True)])
 
 
 def test_queries_do_not_know_of_each_other(attend, qkv):
@@ -162,7 +163,7 @@ def test_a_shared_prefix_is_a_duplicated_one(attend, qkv):
     ids = jnp.asarray(np.repeat([0, 1, 2, 3], np.diff([0, *cuts])), jnp.int32)
     mask = aj.Causal() & (aj.Segments(ids) | aj.Prefix(prefix))
     out, lse = attend(q, k[:, :T], v[:, :T], mask=mask)
-    for a, b in zip(cuts, cuts[1:]):
+    for a, b in itertools.pairwise(cuts):
         copy = lambda x, a=a, b=b: jnp.concatenate([x[:, :prefix], x[:, a:b]], axis=1)
         alone = attend(q[:, a:b], copy(k), copy(v), mask=aj.Causal(prefix))
         agree(alone, (out[:, a:b], lse[:, a:b]))
@@ -177,9 +178,9 @@ def test_grouped_heads_are_repeated_ones(attend, qkv, rng):
     loss = lambda q, k, v: (attend(q, k, v)[0] * weight).sum()
     got = jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
     want = jax.jit(jax.grad(lambda q, k, v: loss(q, repeat(k), repeat(v)), (0, 1, 2)))(q, k, v)
-    x = dict(zip(("query", "key", "value"), qkv))
+    x = dict(zip(("query", "key", "value"), qkv, strict=True))
     allowed = expected(Problem(Shape(batch=(2,))), x, x, (weight, jnp.zeros((2, T, N)))).allowed.gradients
-    for name, one, other in zip(x, got, want):
+    for name, one, other in zip(x, got, want, strict=True):
         close(one, other, 2 * allowed[name])
 
 

@@ -1,4 +1,4 @@
-"""What masks say when they are looked at: arrays, density, combination, pytrees. How attention uses them is not here."""
+"""What masks say when looked at: arrays, density, combination, pytrees. How attention uses them is not here."""
 
 import dataclasses
 
@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import MASKS, VARIANTS
+from cases import MASKS, SCORES, VARIANTS
 from oracle import Index, Shape
 from problems import Case, draw, problem
-from cases import SCORES
 
 import attnjax as aj
 
+SHAPE = Shape()
 TABLE = [mask for mask in (*MASKS, *VARIANTS) if mask.name not in ("full", "dense_bare")]
 every_mask = pytest.mark.parametrize("mask", TABLE, ids=repr)
 
 
-def both(mask, shape=Shape()):
+def both(mask, shape=SHAPE):
     """The drawn arrays and the rule's booleans [*B, N, T, S]."""
     case = Case(mask, SCORES[0], shape)
     d = draw(case, "float32").d

@@ -62,10 +62,10 @@ def test_derivatives_are_those_of_finite_differences(small):
         f = jax.jit(functools.partial(oracle.dense, problem=problem))
         finite = lambda a: np.where(np.isneginf(a), 0, a)  # a row that sees nothing stays at -inf
         move = lambda sign: map(finite, f({name: a + sign * step * tangents[name] for name, a in x.items()}))
-        slope = [(a - b) / (2 * step) for a, b in zip(move(1), move(-1))]
+        slope = [(a - b) / (2 * step) for a, b in zip(move(1), move(-1), strict=True)]
     np.testing.assert_allclose(answer.out_tangent, slope[0], atol=1e-9)
     np.testing.assert_allclose(answer.lse_tangent, slope[1], atol=1e-9)
-    forward = sum(float(np.vdot(c, s)) for c, s in zip(cotangents, slope))
+    forward = sum(float(np.vdot(c, s)) for c, s in zip(cotangents, slope, strict=True))
     backward = sum(float(np.vdot(answer.gradients[name], tangents[name])) for name in x)
     assert backward == pytest.approx(forward, rel=1e-8)
 

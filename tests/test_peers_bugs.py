@@ -116,7 +116,7 @@ def test_rows_that_see_nothing_are_zero(attend, qkv):
     """Such a row gave the mean of all values, or NaN; seen in jax.nn and torch."""
     mask = jnp.ones((T, S), bool).at[4].set(False).at[20:36].set(False)  # one row, and a whole tile of rows
     dead = ~np.asarray(mask).any(1)
-    x = dict(zip(("query", "key", "value"), qkv))
+    x = dict(zip(("query", "key", "value"), qkv, strict=True))
     f = lambda x: attend(x["query"], x["key"], x["value"], mask=mask)  # tree order is that of the alphabet
     (out, lse), pull = jax.vjp(f, x)
     assert not np.asarray(out)[:, dead].any() and np.isneginf(np.asarray(lse)[:, dead]).all()
@@ -137,10 +137,8 @@ def test_what_padding_holds_does_not_leak(attend, qkv, bad):
     clean, pull_clean = run(qkv)
     dirty, pull_dirty = run((hide(q, [9, 30]), hide(k, [20, 33]), hide(v, [20, 33])))
     cotangents = jax.tree.map(jnp.ones_like, clean)
-    for one, other in zip(
-        jax.tree.leaves((dirty, pull_dirty(cotangents))), jax.tree.leaves((clean, pull_clean(cotangents)))
-    ):
-        np.testing.assert_array_equal(one, other)
+    got, want = (dirty, pull_dirty(cotangents)), (clean, pull_clean(cotangents))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 # Shapes
@@ -191,14 +189,14 @@ def test_the_default_scale_is_of_the_query_head_size(attend, qkv):
 
 
 def test_vmap_of_the_backward_does_not_mix_batches(attend, array):
-    """With a mapped axis and a batch axis both longer than 1 gradients landed in other examples; seen in flash_attn_jax."""
+    """With a mapped and a batch axis both longer than 1, gradients changed places; seen in flash_attn_jax."""
     q, k, v = array(2, 3, 20, 2, 4), array(2, 3, 21, 2, 4), array(2, 3, 21, 2, 4)
     loss = lambda q, k, v: attend(q, k, v)[0][..., 0].sum()
     one = jax.grad(loss, (0, 1, 2))
-    for got, *want in zip(jax.vmap(one)(q, k, v), *[one(q[n], k[n], v[n]) for n in range(2)]):
+    for got, *want in zip(jax.vmap(one)(q, k, v), *[one(q[n], k[n], v[n]) for n in range(2)], strict=True):
         np.testing.assert_allclose(got, jnp.stack(want), rtol=1e-5, atol=1e-6)
     only_q = jax.vmap(one, in_axes=(0, None, None))(q, k[0], v[0])
-    for got, *want in zip(only_q, *[one(q[n], k[0], v[0]) for n in range(2)]):
+    for got, *want in zip(only_q, *[one(q[n], k[0], v[0]) for n in range(2)], strict=True):
         np.testing.assert_allclose(got, jnp.stack(want), rtol=1e-5, atol=1e-6)
 
 
@@ -328,7 +326,7 @@ def test_a_score_and_a_window_and_sinks_together(attend, qkv, array):
     problem = Problem(Shape(batch=(2,)), visible, chain)
     want = dense(dict(query=q, key=k, value=v, sinks=sinks, bias=bias), problem)
     got = attend(q, k, v, mask=aj.Window(9, 2), score=(aj.SoftCap(5.0), aj.Bias(bias)), sinks=sinks)
-    for one, other in zip(got, want):
+    for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 

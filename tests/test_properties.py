@@ -180,13 +180,13 @@ def agrees(case, dtype, implementation, config):
 AS_DRAWN = [Phase.explicit, Phase.generate]
 
 
-@settings(max_examples=25, phases=AS_DRAWN)
+@settings(max_examples=20, phases=AS_DRAWN)
 @given(MASK_TREES, SCORE_CHAINS, SHAPES, DTYPES, CONFIGS)
 def test_xla_agrees_with_the_oracle(rule, score, shape, dtype, config):
     agrees(case_of(rule, score, shape), dtype, "xla", config)
 
 
-@settings(max_examples=15, phases=AS_DRAWN)
+@settings(max_examples=12, phases=AS_DRAWN)
 @given(MASK_TREES, SCORE_CHAINS, SHAPES, DTYPES)
 def test_reference_agrees_with_the_oracle(rule, score, shape, dtype):
     agrees(case_of(rule, score, shape), dtype, "reference", None)

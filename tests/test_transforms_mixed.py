@@ -323,4 +323,4 @@ def count_compilations():
     try:
         yield events
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listener)

@@ -289,5 +289,5 @@ def _reduce(x: Any, axis: int, block: int, with_numpy: Any, with_jax: Any) -> An
     if short:
         widths = [(0, short if i == axis else 0) for i in range(x.ndim)]
         x = np.pad(x, widths, mode="edge") if known else jnp.pad(x, widths, mode="edge")
-    x = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
+    x = x.reshape(*x.shape[:axis], x.shape[axis] // block, block, *x.shape[axis + 1 :])
     return (with_numpy if known else with_jax)(x, axis=axis + 1)

@@ -142,7 +142,6 @@ class Walk:
         lanes = (*self.blocks.lanes, self.blocks.lanes_kv)
         sizes = (*self.sizes.batch, self.sizes.key_heads)
         self.chunks = tuple(size // lane for size, lane in zip(sizes, lanes, strict=True))
-        self.visits = _Visits(self.kinds, self)
 
     def run(self) -> list[Array]:
         """The outputs, in operand form."""
@@ -150,6 +149,7 @@ class Walk:
         count = math.prod(self.chunks)
         if count == 0 or min(self.lengths.values()) == 0:
             return buffers
+        self.visits = _Visits(self.kinds, self)
         return _loop(count, self._chunk, buffers)
 
     def _chunk(self, number: Any, buffers: list[Array]) -> list[Array]:

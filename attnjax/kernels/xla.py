@@ -114,6 +114,8 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Arr
         product=product_type(problem, platform),
         overwrite=True,
     ).run()
+    if not problem.sizes.key_length:
+        lse = jnp.full_like(lse, -jnp.inf)
     if sinks is not None:
         out, lse = add_sinks(out, lse, sinks[..., None, :].astype(accumulate))
     return out.astype(problem.dtype), lse
