@@ -2,10 +2,39 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+
+
+class Rows(NamedTuple):
+    """What the forward gives for each query, and what derivatives start from.
+
+    The softmax is kept as (highest, total) and not as its logarithm alone: weights exp(logit - highest) / total add up
+    to 1 to the last bit, weights exp(logit - lse) only to the rounding of lse, which shows in gradients that sum over
+    many pairs. An implementation that has the log-sum-exp only may give it as `highest`, with a total of 1.
+
+    Attributes:
+      out: [*batch, T, N, V]; highest: [*batch, T, N], -inf where nothing is seen; total: [*batch, T, N].
+    """
+
+    out: Array
+    highest: Array
+    total: Array
+
+
+def log_sum_exp(highest: Array, total: Array) -> Array:
+    """highest + log(total), -inf where the total is 0."""
+    empty = total == 0
+    return jnp.where(empty, -jnp.inf, finite(highest) + jnp.log(jnp.where(empty, jnp.ones_like(total), total)))
+
+
+def inverse(total: Array) -> Array:
+    """1 / total, and 1 where the total is 0."""
+    return 1 / jnp.where(total == 0, jnp.ones_like(total), total)
 
 
 def finite(x: Array) -> Array:
@@ -61,7 +90,9 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
     return weight(lse_a) * out_a + weight(lse_b) * out_b, lse
 
 
-def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
-    """Lets sinks join the denominator: out [..., V], lse [...], sinks broadcast to lse."""
-    joined = jnp.logaddexp(lse, sinks)
-    return out * jnp.exp(lse - finite(joined))[..., None], joined
+def add_sinks(rows: Rows, sinks: Array) -> Rows:
+    """Lets sinks, which broadcast to [*batch, T, N], join the denominator."""
+    highest = jnp.maximum(rows.highest, sinks)
+    before = rows.total * jnp.exp(rows.highest - finite(highest))
+    total = before + jnp.exp(sinks - finite(highest))
+    return Rows(rows.out * (before * inverse(total))[..., None], highest, total)

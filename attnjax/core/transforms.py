@@ -1,7 +1,7 @@
 """The three primitives of attention and their rules. `attend` binds them; every transform follows from here.
 
-    attention           operands -> out, lse
-    attention_tangent   linear in the tangents; the derivative of attention
+    attention           operands -> out, and highest and total: lse = highest + log(total)
+    attention_tangent   linear in the tangents; the derivatives of out and lse
     attention_backward  linear in the cotangents; its transpose, the flash backward
 
 Each is lowered per platform by the implementation that `core.dispatch` chooses there. Derivatives of the last two
@@ -21,6 +21,7 @@ from jax.interpreters import ad
 
 from attnjax.core.dispatch import choose
 from attnjax.core.program import Problem
+from attnjax.core.softmax import Rows, log_sum_exp
 from attnjax.core.sweep import instantiate, lead, register
 from attnjax.core.walk import push
 
@@ -31,7 +32,8 @@ Wanted = tuple[tuple[int, tuple[int, ...]], ...]  # positions of operands and th
 @partial(jax.jit, static_argnums=0)
 def attend(problem: Problem, operands: list[Array]) -> list[Array]:
     """Attention as one differentiable operation: operands in operand form -> [out, lse]."""
-    return attention_p.bind(*operands, problem=problem)
+    out, highest, total = attention_p.bind(*operands, problem=problem)
+    return [out, log_sum_exp(highest, total)]
 
 
 attention_p, tangent_p, backward_p = (Primitive(f"attention{x}") for x in ("", "_tangent", "_backward"))
@@ -39,12 +41,10 @@ for _primitive in (attention_p, tangent_p, backward_p):
     _primitive.multiple_results = True
 
 
-def _outputs(problem: Problem, *, tangent: bool = False) -> list[Any]:
-    out, lse = problem.out_shapes()
-    return [
-        ShapedArray(out, jnp.dtype(problem.dtype)),
-        ShapedArray(lse, problem.accumulate),
-    ]
+def _outputs(problem: Problem, rows: int) -> list[Any]:
+    """Shapes of out and of so many numbers per query."""
+    out, row = problem.out_shapes()
+    return [ShapedArray(out, jnp.dtype(problem.dtype)), *[ShapedArray(row, problem.accumulate)] * rows]
 
 
 def _attention(*operands: Array, platform: str, problem: Problem) -> list[Array]:
@@ -52,25 +52,28 @@ def _attention(*operands: Array, platform: str, problem: Problem) -> list[Array]
 
 
 def _attention_jvp(primals: list, tangents: list, *, problem: Problem) -> Any:
-    out, lse = attention_p.bind(*primals, problem=problem)
+    rows = Rows(*attention_p.bind(*primals, problem=problem))
+    zeros = [ad.Zero(a) for a in _outputs(problem, 2)]
     moved = tuple(i for i in problem.differentiable if type(tangents[i]) is not ad.Zero)
     if not moved:
-        return [out, lse], [ad.Zero(a) for a in _outputs(problem)]
+        return list(rows), zeros
     values = [tangents[i] for i in moved]
-    return [out, lse], tangent_p.bind(*primals, out, lse, *values, problem=problem, moved=moved)
+    d_out, d_lse = tangent_p.bind(*primals, *rows, *values, problem=problem, moved=moved)
+    # Any `highest` gives the same attention, so it may stand still: d lse = d total / total.
+    return list(rows), [d_out, zeros[1], rows.total * d_lse]
 
 
 def _attention_batch(operands: list, dims: list, *, problem: Problem) -> Any:
     operands, size = lead(operands, dims)
-    return attention_p.bind(*operands, problem=problem.with_batch(size)), [0, 0]
+    return attention_p.bind(*operands, problem=problem.with_batch(size)), [0, 0, 0]
 
 
 def _tangent(*args: Array, platform: str, problem: Problem, moved: tuple[int, ...]) -> list[Array]:
-    """Operands, out, lse, and the tangents of the operands in `moved`."""
+    """Operands, rows, and the tangents of the operands in `moved`."""
     count = problem.program.count
     kernel = choose(problem, platform, "tangent").kernel
-    operands, (out, lse), tangents = list(args[:count]), args[count : count + 2], list(args[count + 2 :])
-    return list(kernel.tangent(problem, operands, out, lse, moved, tangents))
+    operands, rows, tangents = list(args[:count]), Rows(*args[count : count + 3]), list(args[count + 3 :])
+    return list(kernel.tangent(problem, operands, rows, moved, tangents))
 
 
 def _tangent_jvp(primals: list, tangents: list, *, problem: Problem, moved: tuple[int, ...]) -> Any:
@@ -97,15 +100,15 @@ def _tangent_transpose(cotangents: list, *args: Any, problem: Problem, moved: tu
 
 def _tangent_batch(args: list, dims: list, *, problem: Problem, moved: tuple[int, ...]) -> Any:
     args, size = lead(args, dims)
-    args = _whole(args, problem.program.count, size, 2)
+    args = _whole(args, problem.program.count, size, 3)
     return tangent_p.bind(*args, problem=problem.with_batch(size), moved=moved), [0, 0]
 
 
 def _backward(*args: Array, platform: str, problem: Problem, wanted: Wanted) -> list[Array]:
-    """Operands, out, lse, and the cotangents of out and lse; gives float32 (float64) gradients."""
+    """Operands, rows, and the cotangents of out and lse; gives float32 (float64) gradients."""
     count = problem.program.count
     kernel = choose(problem, platform, "backward").kernel
-    made = kernel.backward(problem, list(args[:count]), *args[count:], wanted)
+    made = kernel.backward(problem, list(args[:count]), Rows(*args[count : count + 3]), *args[count + 3 :], wanted)
     return [x.astype(problem.accumulate) for x in made]
 
 
@@ -134,13 +137,13 @@ def _backward_transpose(cotangents: list, *args: Any, problem: Problem, wanted: 
 
 def _backward_batch(args: list, dims: list, *, problem: Problem, wanted: Wanted) -> Any:
     args, size = lead(args, dims)
-    args = _whole(args, problem.program.count, size, 4)
+    args = _whole(args, problem.program.count, size, 5)
     wanted = tuple((i, (size, *shape)) for i, shape in wanted)
     return backward_p.bind(*args, problem=problem.with_batch(size), wanted=wanted), [0] * len(wanted)
 
 
 def _whole(args: list, first: int, size: int, count: int) -> list:
-    """out, lse and their cotangents always have every batch axis."""
+    """Rows and cotangents always have every batch axis."""
     args = list(args)
     for i in range(first, first + count):
         args[i] = jnp.broadcast_to(args[i], (size, *args[i].shape[1:]))
@@ -161,10 +164,11 @@ def _derivative(body: Any, primals: list, tangents: list) -> list[Array]:
 
 
 def _register() -> None:
-    outputs = lambda *args, problem, **_: _outputs(problem)
+    outputs = lambda *args, problem: _outputs(problem, 2)
+    tangents = lambda *args, problem, moved: _outputs(problem, 1)
     gradients = lambda *args, problem, wanted: [ShapedArray(s, problem.accumulate) for _, s in wanted]
     register(attention_p, outputs, _attention, _attention_batch)
-    register(tangent_p, outputs, _tangent, _tangent_batch)
+    register(tangent_p, tangents, _tangent, _tangent_batch)
     register(backward_p, gradients, _backward, _backward_batch)
     ad.primitive_jvps[attention_p] = _attention_jvp
     ad.primitive_jvps[tangent_p] = _tangent_jvp

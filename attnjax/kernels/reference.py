@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attnjax.core.program import Problem
-from attnjax.core.softmax import finite
+from attnjax.core.softmax import Rows, add_sinks, finite, inverse, log_sum_exp
 from attnjax.core.tiles import Tile, from_tile_form, tile_form
 from attnjax.core.walk import push
 
@@ -31,8 +31,8 @@ def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
     return {"forward": 2 * matrix, "backward": 4 * matrix, "tangent": 4 * matrix}
 
 
-def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Array, Array]:
-    """The output and the log-sum-exp, both in operand form."""
+def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
+    """The output, and highest and total of the softmax, all in operand form."""
     program, sizes, n = problem.program, problem.sizes, len(problem.sizes.batch)
     if sizes.key_length == 0 or sizes.query_length == 0:
         return _nothing(problem, operands)
@@ -60,33 +60,24 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Arr
     total = weights.sum(-1)
     if program.sinks:
         total = total + jnp.exp(sinks - highest)
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    weights = program.drop(weights / total[..., None], tile, parts)
+    weights = program.drop(weights * inverse(total)[..., None], tile, parts)
     out = jnp.einsum("...kgts,...ksv->...kgtv", weights, value, precision=jax.lax.Precision.HIGHEST)
-    lse = jnp.where(empty, -jnp.inf, highest + jnp.log(total))
     out = from_tile_form(out[..., None, :], "th.", n).astype(problem.dtype)
-    return out, from_tile_form(lse[..., None], "th", n)
+    return Rows(out, *(from_tile_form(x[..., None], "th", n) for x in (highest, total)))
 
 
 def tangent(
-    problem: Problem,
-    operands: list[Array],
-    out: Array,
-    lse: Array,
-    moved: tuple[int, ...],
-    tangents: list[Array],
+    problem: Problem, operands: list[Array], rows: Rows, moved: tuple[int, ...], tangents: list[Array]
 ) -> tuple[Array, Array]:
     """Tangents of the output and the log-sum-exp, linear in the tangents of the operands in `moved`."""
-    f = lambda *some: forward(problem, _with(operands, moved, some), "")
+    f = lambda *some: _out_and_lse(problem, _with(operands, moved, some))
     return push(f, [operands[i] for i in moved], tangents)
 
 
 def backward(
     problem: Problem,
     operands: list[Array],
-    out: Array,
-    lse: Array,
+    rows: Rows,
     ct_out: Array,
     ct_lse: Array,
     wanted: tuple[tuple[int, tuple[int, ...]], ...],
@@ -94,8 +85,13 @@ def backward(
     """Gradients of the operands in `wanted`: pairs of position and shape (batch axes of size 1 are summed over)."""
     positions = tuple(i for i, _ in wanted)
     wide = [jnp.broadcast_to(operands[i], _widest(operands[i].shape, shape)) for i, shape in wanted]
-    _, pull = jax.vjp(lambda *some: forward(problem, _with(operands, positions, some), ""), *wide)
+    _, pull = jax.vjp(lambda *some: _out_and_lse(problem, _with(operands, positions, some)), *wide)
     return list(pull((ct_out.astype(problem.dtype), ct_lse)))
+
+
+def _out_and_lse(problem: Problem, operands: list[Array]) -> tuple[Array, Array]:
+    rows = forward(problem, operands, "")
+    return rows.out, log_sum_exp(rows.highest, rows.total)
 
 
 def _widest(have: tuple[int, ...], want: tuple[int, ...]) -> tuple[int, ...]:
@@ -109,10 +105,10 @@ def _with(operands: list[Array], positions: tuple[int, ...], values: Any) -> lis
     return operands
 
 
-def _nothing(problem: Problem, operands: list[Array]) -> tuple[Array, Array]:
+def _nothing(problem: Problem, operands: list[Array]) -> Rows:
     """No keys at all: every row sees nothing (but its sink)."""
-    out_shape, lse_shape = problem.out_shapes()
-    lse = jnp.full(lse_shape, -jnp.inf, problem.accumulate)
-    if problem.program.sinks:
-        lse = jnp.broadcast_to(operands[3].astype(problem.accumulate)[..., None, :], lse_shape)
-    return jnp.zeros(out_shape, problem.dtype), lse
+    out_shape, shape = problem.out_shapes()
+    highest, total = jnp.full(shape, -jnp.inf, problem.accumulate), jnp.zeros(shape, problem.accumulate)
+    rows = Rows(jnp.zeros(out_shape, problem.dtype), highest, total)
+    sinks = problem.program.sinks_of(operands)
+    return rows if sinks is None else add_sinks(rows, sinks[..., None, :].astype(problem.accumulate))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from attnjax.core.program import Problem, Program
-from attnjax.core.softmax import add_sinks, finite, first_max, merge_max
+from attnjax.core.softmax import Rows, add_sinks, finite, first_max, inverse, merge_max
 from attnjax.core.sweep import product_type, sweep
 from attnjax.core.walk import Output, Visit, Walk, level, push
 from attnjax.tuning import choose_blocks
@@ -65,10 +65,10 @@ def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
     }
 
 
-def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Array, Array]:
-    """The output and the log-sum-exp, both in operand form ([*batch, T, N, V] and [*batch, T, N])."""
+def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
+    """The output, and highest and total of the softmax, all in operand form."""
     program, accumulate = problem.program, problem.accumulate
-    out_shape, lse_shape = problem.out_shapes()
+    out_shape, row_shape = problem.out_shapes()
 
     def start(tile: tuple[int, ...]) -> tuple[Array, Array, Array]:
         zeros = jnp.zeros((*tile[:-1], problem.value_size), accumulate)
@@ -79,11 +79,8 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Arr
         view = _View(program, visit, parts)
         if visit.only:
             highest, weights = first_max(view.logits)
-            return (
-                visit.dot("kgts,ksv->kgtv", view.drop(weights), view.seen(view.value)),
-                highest,
-                weights.sum(-1),
-            ), []
+            out = visit.dot("kgts,ksv->kgtv", view.drop(weights), view.seen(view.value))
+            return (out, highest, weights.sum(-1)), []
         highest, shrink, weights = merge_max(highest, view.logits)
         total = total * shrink + weights.sum(-1)
         out = out * shrink[..., None] + visit.dot("kgts,ksv->kgtv", view.drop(weights), view.seen(view.value))
@@ -91,17 +88,15 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Arr
 
     def finish(state: Any) -> list[Array]:
         out, highest, total = state
-        empty = total == 0
-        out = out / jnp.where(empty, jnp.ones_like(total), total)[..., None]
-        lse = jnp.where(empty, -jnp.inf, finite(highest) + jnp.log(jnp.where(empty, jnp.ones_like(total), total)))
-        return [out[..., None, :], lse[..., None]]
+        out = out * inverse(total)[..., None]
+        return [out[..., None, :], highest[..., None], total[..., None]]
 
     blocks = choose_blocks(problem, platform)
     kinds = problem.kinds(operands, blocks.block_q, blocks.block_k)
     sinks = program.sinks_of(operands)
     kept = jnp.dtype(problem.dtype) if sinks is None else accumulate
-    outputs = [Output("th.", out_shape, kept), Output("th", lse_shape, accumulate)]
-    out, lse = Walk(
+    outputs = [Output("th.", out_shape, kept), *[Output("th", row_shape, accumulate)] * 2]
+    made = Walk(
         problem,
         blocks,
         kinds,
@@ -114,18 +109,18 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> tuple[Arr
         product=product_type(problem, platform),
         overwrite=True,
     ).run()
+    rows = Rows(*made)
     if not problem.sizes.key_length:
-        lse = jnp.full_like(lse, -jnp.inf)
+        rows = rows._replace(highest=jnp.full_like(rows.highest, -jnp.inf))
     if sinks is not None:
-        out, lse = add_sinks(out, lse, sinks[..., None, :].astype(accumulate))
-    return out.astype(problem.dtype), lse
+        rows = add_sinks(rows, sinks[..., None, :].astype(accumulate))
+    return rows._replace(out=rows.out.astype(problem.dtype))
 
 
 def tangent(
     problem: Problem,
     operands: list[Array],
-    out: Array,
-    lse: Array,
+    rows: Rows,
     moved: tuple[int, ...],
     tangents: list[Array],
 ) -> tuple[Array, Array]:
@@ -139,21 +134,21 @@ def tangent(
         d_out, d_lse = sweep(
             problem,
             _Tangent(program, inner),
-            [*operands, finite(lse), *values],
+            [*operands, finite(rows.highest), *values],
             [*program.axes, "th", *(program.axes[i] for i in inner)],
             [Output("th.", out_shape, accumulate), Output("th", lse_shape, accumulate)],
         )
+        d_out, d_lse = d_out * inverse(rows.total)[..., None], d_lse * inverse(rows.total)
     if program.sinks and 3 in moved:
         d_sinks = tangents[moved.index(3)].astype(accumulate)
-        d_lse = d_lse + _sink_weight(program, operands, lse) * d_sinks[..., None, :]
-    return (d_out - d_lse[..., None] * out.astype(accumulate)).astype(problem.dtype), d_lse
+        d_lse = d_lse + _sink_weight(program, operands, rows) * d_sinks[..., None, :]
+    return (d_out - d_lse[..., None] * rows.out.astype(accumulate)).astype(problem.dtype), d_lse
 
 
 def backward(
     problem: Problem,
     operands: list[Array],
-    out: Array,
-    lse: Array,
+    rows: Rows,
     ct_out: Array,
     ct_lse: Array,
     wanted: tuple[tuple[int, tuple[int, ...]], ...],
@@ -161,21 +156,22 @@ def backward(
     """Gradients of the operands in `wanted`: pairs of position and shape (batch axes of size 1 are summed over)."""
     program, accumulate = problem.program, problem.accumulate
     ct_out = ct_out.astype(accumulate)
-    delta = (ct_out * out.astype(accumulate)).sum(-1) - ct_lse
+    delta = (ct_out * rows.out.astype(accumulate)).sum(-1) - ct_lse
     inner = tuple((i, shape) for i, shape in wanted if not (program.sinks and i == 3))
     made = {}
     if inner:
+        share = inverse(rows.total)
         gradients = sweep(
             problem,
             _Backward(program, tuple(i for i, _ in inner)),
-            [*operands, finite(lse), ct_out, delta],
+            [*operands, finite(rows.highest), ct_out * share[..., None], delta * share],
             [*program.axes, "th", "th.", "th"],
             [Output(program.axes[i], shape, accumulate) for i, shape in inner],
         )
         made = {i: g for (i, _), g in zip(inner, gradients, strict=True)}
     for i, shape in wanted:
         if i not in made:
-            gradient = (-_sink_weight(program, operands, lse) * delta).sum(-2)
+            gradient = (-_sink_weight(program, operands, rows) * delta).sum(-2)
             made[i] = gradient.sum(
                 tuple(a for a, (x, y) in enumerate(zip(gradient.shape, shape, strict=True)) if x != y),
                 keepdims=True,
@@ -185,7 +181,10 @@ def backward(
 
 @dataclasses.dataclass(frozen=True)
 class _Tangent:
-    """Tile function: sums of p ds v + p dv, and of p ds. Operands: the problem's, lse, and the tangents of `moved`."""
+    """Tile function: sums of p ds v + p dv, and of p ds, with p = exp(logit - highest).
+
+    Operands: the problem's, highest, and the tangents of `moved`.
+    """
 
     program: Program
     moved: tuple[int, ...]
@@ -201,7 +200,7 @@ class _Tangent:
 
     def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
         count = self.program.count
-        own, lse = list(parts[:count]), parts[count]
+        own, highest = list(parts[:count]), parts[count]
         tangents = dict(zip(self.moved, parts[count + 1 :], strict=True))
         view = _View(self.program, visit, own)
         d_raw = jnp.zeros(visit.tile.shape, visit.accumulate)
@@ -210,7 +209,7 @@ class _Tangent:
         if 1 in tangents:
             d_raw = d_raw + visit.dot("kgth,ksh->kgts", view.query, _columns(tangents[1]))
         d_leaves = [tangents.get(i) for i in self.program.score_positions()]
-        weights = jnp.exp(view.logits - lse[..., 0, None])
+        weights = jnp.exp(view.logits - highest[..., 0, None])
         change = weights * view.pushed(d_raw, d_leaves)
         d_out = visit.dot("kgts,ksv->kgtv", view.drop(change), view.seen(view.value))
         if 2 in tangents:
@@ -220,7 +219,10 @@ class _Tangent:
 
 @dataclasses.dataclass(frozen=True)
 class _Backward:
-    """Tile function: the flash backward. Operands: the problem's, lse, the cotangent of out, and delta."""
+    """Tile function: the flash backward, with p = exp(logit - highest).
+
+    Operands: the problem's, highest, and the cotangent of out and delta, both divided by the total.
+    """
 
     program: Program
     wanted: tuple[int, ...]
@@ -236,10 +238,10 @@ class _Backward:
         return tuple(n for n, i in enumerate(self.wanted) if i in (1, 2))
 
     def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
-        *own, lse, ct_out, delta = parts
+        *own, highest, ct_out, delta = parts
         view = _View(self.program, visit, own)
         ct_out = _rows(ct_out)
-        weights = jnp.exp(view.logits - lse[..., 0, None])
+        weights = jnp.exp(view.logits - highest[..., 0, None])
         d_weights = view.drop(visit.dot("kgtv,ksv->kgts", ct_out, view.value))
         d_raw, d_leaves = view.pulled(weights * (d_weights - delta[..., 0, None]), self.wanted)
         made = {}
@@ -348,8 +350,8 @@ def _columns(part: Array) -> Array:
     return part[..., 0, 0, :, :]
 
 
-def _sink_weight(program: Program, operands: list[Array], lse: Array) -> Array:
+def _sink_weight(program: Program, operands: list[Array], rows: Rows) -> Array:
     """The share of the softmax that each sink takes, [*batch, T, N]."""
     sinks = program.sinks_of(operands)
     assert sinks is not None
-    return jnp.exp(sinks.astype(lse.dtype)[..., None, :] - finite(lse))
+    return jnp.exp(sinks.astype(rows.total.dtype)[..., None, :] - finite(rows.highest)) * inverse(rows.total)
