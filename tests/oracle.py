@@ -96,12 +96,14 @@ class Answer(NamedTuple):
     lse_tangent: Any
 
 
-def dense(x: Arrays, problem: Problem, order: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
+def dense(x: Arrays, problem: Problem, order: tuple[Any, Any] | None = None, late: Any = False) -> tuple[Any, Any]:
     """softmax(score(scale q kᵀ)) v and its log-sum-exp, all of it in the dtype of the query.
 
     A row that may attend to nothing gives 0 and -inf. Arguments are replaced before `exp` and `log`, not only
     their results after, because the derivative of the branch not taken is computed too, and 0 * inf is NaN.
-    `order` permutes queries and keys on the way: the same answer, with other rounding errors.
+    `order` permutes queries and keys on the way, and `late` divides by the softmax's sum after the product with v
+    and not before: the same answer, with other rounding errors. (With `late` the gradient of the sum is that of a
+    row as a whole, as in every formula that does not hold T x S weights.)
     """
     shape = problem.shape
     queries, keys = order = order or (np.arange(shape.T), np.arange(shape.S))
@@ -130,12 +132,13 @@ def dense(x: Arrays, problem: Problem, order: tuple[Any, Any] | None = None) -> 
         total += jnp.exp(sink - m)
     some = total > 0
     divisor = jnp.where(some, total, 1)
-    w = e / divisor[..., None]
+    first, last = jnp.where(late, 1, divisor), jnp.where(late, divisor, 1)
+    w = e / first[..., None]
     if problem.kept is not None:
         w = jnp.where(permute(problem.kept), w / (1 - problem.rate), 0)
 
     back = jnp.argsort(jnp.asarray(queries))
-    out = jnp.einsum("bnts,bsnv->btnv", w, v)[:, back].reshape(*shape.batch, shape.T, shape.N, shape.V)
+    out = (jnp.einsum("bnts,bsnv->btnv", w, v) / last.transpose(0, 2, 1)[..., None])[:, back].reshape(*shape.batch, shape.T, shape.N, shape.V)
     lse = jnp.where(some, m + jnp.log(divisor), -jnp.inf).transpose(0, 2, 1)[:, back]
     return out, lse.reshape(*shape.batch, shape.T, shape.N)
 
@@ -184,7 +187,7 @@ def expected(problem: Problem, x: Arrays, tangents: Arrays, cotangents: tuple[An
     allowed = 2 (error of the plain dense formula in that dtype + eps max|oracle|)
 
     - The plain formula's error depends on luck, most of all where one number sums over many. It is the largest of
-      four, for four orders of the queries and keys.
+      eight, for four orders of the queries and keys, each dividing by the softmax's sum before and after v.
     - lse is float32 for bfloat16 and float16 queries, so there the plain formula and eps are float32's.
     - For float64 the plain formula is the oracle itself. Its error is taken from float32, where it can be
       measured, times the ratio of the two eps; it is added once more because the oracle makes it too.
@@ -213,7 +216,11 @@ def _allowed(errors: Answer, answer: Answer, dtype: str) -> Answer:
 def _errors(problem: Problem, inputs: Any, dtype: str, answer: Answer) -> Answer:
     rng = np.random.default_rng(0)
     orders = [None, *((rng.permutation(problem.shape.T), rng.permutation(problem.shape.S)) for _ in range(3))]
-    tries = [jax.tree.map(worst, evaluate(problem, inputs, dtype, order), answer) for order in orders]
+    tries = [
+        jax.tree.map(worst, evaluate(problem, inputs, dtype, order, late), answer)
+        for order in orders
+        for late in (False, True)
+    ]
     return jax.tree.map(lambda *errors: float(np.max(errors)), *tries)
 
 
@@ -221,12 +228,14 @@ def _eps(dtype: str) -> float:
     return float(jnp.finfo(dtype).eps)
 
 
-def evaluate(problem: Problem, inputs: Any, dtype: str, order: tuple[Any, Any] | None = None) -> Answer:
+def evaluate(
+    problem: Problem, inputs: Any, dtype: str, order: tuple[Any, Any] | None = None, late: bool = False
+) -> Answer:
     """The dense formula and its derivatives, computed in `dtype`, as float64 arrays of NumPy."""
     order = order or (np.arange(problem.shape.T), np.arange(problem.shape.S))
     program = _program(problem.shape, problem.score, problem.scale, problem.rate)
     with jax.enable_x64(True):
-        answer = program(problem.visible, problem.kept, order, *_cast(inputs, dtype))
+        answer = program(problem.visible, problem.kept, order, late, *_cast(inputs, dtype))
         return jax.tree.map(lambda a: np.asarray(a).astype(np.float64), answer)
 
 
@@ -234,9 +243,9 @@ def evaluate(problem: Problem, inputs: Any, dtype: str, order: tuple[Any, Any] |
 def _program(shape: Shape, score: Any, scale: float | None, rate: float) -> Callable[..., Answer]:
     """The dense formula and its derivatives. Masks are arguments, so that all of them share one compilation."""
 
-    def program(visible, kept, order, x, tangents, cotangents):
+    def program(visible, kept, order, late, x, tangents, cotangents):
         problem = Problem(shape, visible, score, scale, kept, rate)
-        function = functools.partial(dense, problem=problem, order=order)
+        function = functools.partial(dense, problem=problem, order=order, late=late)
         return differentiate(function, x, tangents, cotangents)
 
     return jax.jit(program, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time

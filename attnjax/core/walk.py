@@ -79,8 +79,15 @@ class Visit:
 
 
 def reduce_to(x: Array, shape: tuple[int, ...]) -> Array:
-    """Sums over the axes in which `shape` has size 1 and `x` has more."""
+    """Sums over the axes in which `shape` has size 1 and `x` has more.
+
+    Keys first, then the rest, with a barrier between that keeps XLA from making one sum of it: two short sums round
+    less than a long one, which shows where the terms cancel (the gradient of a bias that is shared by all pairs).
+    """
     axes = tuple(i for i, (a, b) in enumerate(zip(x.shape, shape, strict=True)) if b == 1 and a > 1)
+    if len(axes) > 1:
+        x = lax.optimization_barrier(x.sum(axes[-1], keepdims=True))
+        axes = axes[:-1]
     return x.sum(axes, keepdims=True) if axes else x
 
 

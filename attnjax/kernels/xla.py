@@ -308,8 +308,10 @@ class _View:
         d_logits = self.masked(d_logits)
         positions = self.program.score_positions()
         moved = [n for n, i in enumerate(positions) if i in wanted]
-        lanes = self.visit.tile.lanes  # a gradient is wanted per lane, also where the operand is shared by all
-        wide = [jnp.broadcast_to(self.leaves[n], (*lanes, *self.leaves[n].shape[len(lanes) :])) for n in moved]
+        # A gradient is wanted per lane, also where the operand is shared by all; and the sums are left to the walk.
+        tile, count = self.visit.tile, len(self.visit.tile.shape)
+        size = lambda leaf: tile.shape if leaf.ndim == count else (*tile.lanes, *leaf.shape[len(tile.lanes) :])
+        wide = [jnp.broadcast_to(self.leaves[n], size(self.leaves[n])) for n in moved]
         raw, d_logits = level(self.raw, d_logits)
         _, pull = jax.vjp(self._modify(moved), raw, *wide)
         d_raw, *d_leaves = pull(d_logits)
