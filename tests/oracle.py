@@ -138,7 +138,8 @@ def dense(x: Arrays, problem: Problem, order: tuple[Any, Any] | None = None, lat
         w = jnp.where(permute(problem.kept), w / (1 - problem.rate), 0)
 
     back = jnp.argsort(jnp.asarray(queries))
-    out = (jnp.einsum("bnts,bsnv->btnv", w, v) / last.transpose(0, 2, 1)[..., None])[:, back].reshape(*shape.batch, shape.T, shape.N, shape.V)
+    out = jnp.einsum("bnts,bsnv->btnv", w, v) / last.transpose(0, 2, 1)[..., None]
+    out = out[:, back].reshape(*shape.batch, shape.T, shape.N, shape.V)
     lse = jnp.where(some, m + jnp.log(divisor), -jnp.inf).transpose(0, 2, 1)[:, back]
     return out, lse.reshape(*shape.batch, shape.T, shape.N)
 
