@@ -43,7 +43,8 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
     seen = program.visible(tile, parts)
     query, key, value = parts[0][..., 0, :], parts[1][..., 0, 0, :, :], parts[2][..., 0, 0, :, :]
     if seen is not None:  # what nobody sees may hold anything, even NaN
-        seen = jnp.broadcast_to(seen, tile.shape)
+        # The barrier keeps XLA from computing with a constant mask while it compiles, pair by pair.
+        seen = jax.lax.optimization_barrier(jnp.broadcast_to(seen, tile.shape))
         query = jnp.where(seen.any(-1)[..., None], query, 0)
         unseen = ~seen.any((-3, -2))[..., None]
         key, value = jnp.where(unseen, 0, key), jnp.where(unseen, 0, value)
