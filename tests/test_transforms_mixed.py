@@ -76,6 +76,33 @@ def oracle_first_order(x, visible, kept, weights, tangents):
     return first_order(functools.partial(dense, problem=meant), x, weights, tangents)
 
 
+ALONE = ("query", "key", "value", "bias", "sinks", "a", "b", "offset", "seed")
+
+
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_vmap_over_one_operand_in_one_tile(name, implementation):
+    """Nothing else is there to give the intermediate results the mapped axis that they lack themselves."""
+
+    def solve(x, d):
+        mask = {"a": aj.Segments(d["a"], d["b"]), "b": aj.Segments(d["a"], d["b"]), "offset": aj.Causal(d["offset"])}
+        dropout = aj.Dropout(0.2, d["seed"]) if name == "seed" else None
+        options = dict(mask=mask.get(name), dropout=dropout, return_lse=True, implementation=implementation)
+
+        def attend(x):
+            score = aj.Bias(x["bias"]) if name == "bias" else None
+            more = dict(score=score, sinks=x["sinks"] if name == "sinks" else None)
+            return aj.attention(x["query"], x["key"], x["value"], **more, **options)
+
+        return attend(x), jax.grad(lambda x: jnp.sin(attend(x)[0]).sum())(x)
+
+    (x, d), examples, in_axes = mapped_arrays({name: 0})
+    got = jit(jax.vmap(solve, in_axes=tuple(in_axes)))(x, d)
+    want = jax.tree.map(lambda *a: jnp.stack(a), *[jit(solve)(*example) for example in examples])
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 SECOND = {"hessian_product_of_vmap": False, "vmap_of_hessian_product": True}
 
 
