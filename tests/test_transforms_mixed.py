@@ -94,7 +94,7 @@ def test_vmap_over_one_operand_in_one_tile(name, implementation):
             more = dict(score=score, sinks=x["sinks"] if name == "sinks" else None)
             return aj.attention(x["query"], x["key"], x["value"], **more, **options)
 
-        return attend(x), jax.grad(lambda x: jnp.sin(attend(x)[0]).sum())(x)
+        return jax.jvp(attend, (x,), (x,)), jax.grad(lambda x: jnp.sin(attend(x)[0]).sum())(x)
 
     (x, d), examples, in_axes = mapped_arrays({name: 0})
     got = jit(jax.vmap(solve, in_axes=tuple(in_axes)))(x, d)
