@@ -163,7 +163,7 @@ def build(
     scores = as_scores(score)
     if is_array(scale) and not isinstance(scale, np.generic):
         scores, scale = (Scale(scale), *scores), 1.0
-    scale = 1.0 / math.sqrt(head_size) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(head_size) if scale is None else float(np.asarray(scale))
     for argument, node in [("mask", mask), *(("score", s) for s in scores)]:
         if node is not None:
             checks.check_leaves(node, argument, batch, by_letter)
