@@ -52,13 +52,23 @@ class Dropout:
             raise ValueError("Dropout: seed is missing: give an integer (or integer array), another one at every step.")
         integer = isinstance(self.seed, (int, np.integer)) and not isinstance(self.seed, bool)
         if not integer and not (is_array(self.seed) and jnp.issubdtype(self.seed.dtype, jnp.integer)):
+            kind = str(self.seed.dtype) if is_array(self.seed) else repr(self.seed)
             raise TypeError(
-                f"Dropout: seed must be an integer or an integer array, got {describe(self.seed)}. From a PRNG key: "
+                f"Dropout: seed must be an integer or an integer array, got {kind}. From a PRNG key: "
                 "jax.random.bits(rng)."
             )
 
 
-jax.tree_util.register_dataclass(Dropout, data_fields=["seed"], meta_fields=["rate"])
+def _unflatten_dropout(rate: float, seed: Any) -> Dropout:
+    """Without the checks: while a tree is rebuilt, any object may stand in the place of the seed."""
+    dropout = object.__new__(Dropout)
+    dropout.__dict__.update(rate=rate, seed=seed[0])
+    return dropout
+
+
+jax.tree_util.register_pytree_with_keys(
+    Dropout, lambda d: (((jax.tree_util.GetAttrKey("seed"), d.seed),), d.rate), _unflatten_dropout
+)
 
 
 def attention(
@@ -146,7 +156,8 @@ def build(
     block_map: BlockMap | None = None,
 ) -> tuple[Problem, list[Any]]:
     """Checks the arguments of `attention` and splits them into what is static and the list of operands."""
-    query, key, value = (np.asarray(x) if isinstance(x, (list, tuple)) else x for x in (query, key, value))
+    plain = (list, tuple, np.ndarray)
+    query, key, value = (jnp.asarray(x) if isinstance(x, plain) else x for x in (query, key, value))
     checks.check_arrays(query, key, value)
     check_name(implementation)
     *batch, query_length, heads, head_size = query.shape

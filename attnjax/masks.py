@@ -68,7 +68,7 @@ class Mask(Node):
         """
         tile, node, plain = everything(self, query_length, key_length, batch, heads)
         seen = jnp.broadcast_to(node.evaluate(tile), tile.shape)
-        seen = seen.reshape(*seen.shape[:-4], -1, query_length, key_length)
+        seen = seen.reshape(*seen.shape[:-4], tile.heads, query_length, key_length)
         return seen[0] if plain else seen
 
     def density(self, query_length: int, key_length: int, *, batch: tuple[int, ...] = (), heads: int = 1) -> float:

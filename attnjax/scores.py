@@ -44,7 +44,7 @@ class Score(Node):
         """
         tile, node, plain = everything(self, query_length, key_length, batch, heads)
         logits = jnp.broadcast_to(node.evaluate(jnp.zeros(tile.shape, jnp.float32), tile), tile.shape)
-        logits = logits.reshape(*logits.shape[:-4], -1, query_length, key_length)
+        logits = logits.reshape(*logits.shape[:-4], tile.heads, query_length, key_length)
         return logits[0] if plain else logits
 
 

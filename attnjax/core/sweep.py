@@ -123,6 +123,7 @@ class _Derivative:
         return self.fn.flipped
 
     def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
+        visit = dataclasses.replace(visit, derived=True)
         primals, tangents = list(parts[: self.count]), parts[self.count :]
 
         def moving(*values: Array) -> list[Array]:
@@ -153,6 +154,7 @@ class _Transpose:
     def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
         rest = self.count - len(self.of)
         cotangents, fixed = parts[rest : rest + len(self.live)], iter(parts[:rest])
+        visit = dataclasses.replace(visit, derived=True)
         tile = visit.tile
         shapes = [_part_shape(axes, own, tile.shape, tile.lanes) for axes, own in self.specs]
         whole = [None if i in self.of else next(fixed) for i in range(self.count)]
@@ -245,7 +247,8 @@ def register(
 ) -> None:
     """Gives a primitive its shapes, its batching and, per platform, its body: a function with a `platform` argument."""
     primitive.def_abstract_eval(abstract)
-    eager = jax.jit(lambda *args, params: primitive.bind(*args, **dict(params)), static_argnames="params")
+    here = lambda: {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    eager = jax.jit(lambda *args, params: body(*args, platform=here(), **dict(params)), static_argnames="params")
     primitive.def_impl(lambda *args, **params: eager(*args, params=tuple(params.items())))
     batching.primitive_batchers[primitive] = batch
     for platform in (None, *PLATFORMS):

@@ -115,10 +115,16 @@ class Tile:
         self.lanes = lanes
         self.shape = (*lanes, kv_size, group, q_size, k_size)
         self.b = b.reshape(*b.shape, 1, 1, 1, 1)
-        self.h = (kv_start * group + np.arange(kv_size * group, dtype=np.int32)).reshape(kv_size, group, 1, 1)
-        self.q = (q_start + np.arange(q_size, dtype=np.int32))[:, None]
-        self.k = k_start + np.arange(k_size, dtype=np.int32)
+        rank = (1,) * len(lanes)
+        count = lambda start, size, *shape: (start + np.arange(size, dtype=np.int32)).reshape(*rank, *shape)
+        self.h = count(kv_start * group, kv_size * group, kv_size, group, 1, 1)
+        self.q = count(q_start, q_size, 1, 1, q_size, 1)
+        self.k = count(k_start, k_size, 1, 1, 1, k_size)
         self._first_distance = k_start - q_start
+
+    @property
+    def heads(self) -> int:
+        return self.shape[-4] * self.shape[-3]
 
     @property
     def size(self) -> int:
@@ -153,7 +159,7 @@ class Tile:
         h = jnp.asarray(self.h).reshape(-1) if over_heads else jnp.zeros(1, jnp.int32)
         heads = self.shape[n : n + 2] if over_heads else (1, 1)
         if logits is not None:
-            logits = jnp.broadcast_to(logits, self.shape).reshape(*lanes, -1, *self.shape[-2:])
+            logits = jnp.broadcast_to(logits, self.shape).reshape(*lanes, self.heads, *self.shape[-2:])
 
         def scalar(consts: Any, score: Any, *index: Any) -> Array:
             return function(consts, *(() if score is None else (score,)), *index)
@@ -166,7 +172,7 @@ class Tile:
             consts = tuple(0 if c.shape[axis] > 1 else None for c in constants)
             f = jax.vmap(f, in_axes=(consts, mapped, 0, None, None, None))
         free = [c.reshape(*(d for d in c.shape[:n] if d > 1), *c.shape[n + 4 :]) for c in constants]
-        out = f(tuple(free), logits, b, h, jnp.asarray(self.q).reshape(-1), jnp.asarray(self.k))
+        out = f(tuple(free), logits, b, h, jnp.asarray(self.q).reshape(-1), jnp.asarray(self.k).reshape(-1))
         return out.reshape(*lanes, *heads, *out.shape[-2:])
 
 
@@ -174,7 +180,8 @@ class Grid:
     """All blocks of a problem at once, as the ends of their index ranges. Leaves are in operand form.
 
     Attributes:
-      q_min, q_max: int32 `[query blocks, 1]`; k_min, k_max: int32 `[1, key blocks]`; both ends included.
+      q_min, q_max: int32 `[..., query blocks, 1]`; k_min, k_max: int32 `[..., 1, key blocks]`; both ends included.
+      shape: (query blocks, key blocks).
     """
 
     def __init__(self, sizes: Sizes, block_q: int, block_k: int):
@@ -182,12 +189,11 @@ class Grid:
         self.query_length, self.key_length = sizes.query_length, sizes.key_length
         q = np.arange(0, sizes.query_length, block_q, dtype=np.int32)[:, None]
         k = np.arange(0, sizes.key_length, block_k, dtype=np.int32)[None, :]
+        self.shape = (q.shape[0], k.shape[1])
+        rank = (1,) * (len(sizes.batch) + 1)
+        q, k = q.reshape(*rank, *q.shape), k.reshape(*rank, *k.shape)
         self.q_min, self.q_max = q, np.minimum(q + block_q, sizes.query_length) - 1
         self.k_min, self.k_max = k, np.minimum(k + block_k, sizes.key_length) - 1
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.q_min.shape[0], self.k_min.shape[1]
 
     def take(self, array: Any, axes: str) -> Any:
         """A leaf without positions, shaped to broadcast to `[*batch, heads, query blocks, key blocks]`."""

@@ -63,6 +63,7 @@ class Visit:
     accumulate: Any
     product: Any  # type in which matrix products take their factors
     only: bool  # whether it is the only tile of its row, so that the state before it is empty
+    derived: bool = False  # whether a derivative or transpose of the step is being formed
 
     def dot(self, spec: str, a: Array, b: Array) -> Array:
         """An einsum with float32 (float64) accumulation; `spec` is written without the lanes."""
@@ -301,7 +302,9 @@ class Walk:
     def _put(self, buffer: Array, o: Output, part: Array, place: _Place) -> Array:
         """Adds a part, in tile form, to an output (or writes it, where rows are computed whole)."""
         starts, sizes = self._bounds(o.shape, o.axes, place)
-        part = from_tile_form(reduce_to(part, self._tile_shape(o, sizes)), o.axes, self.n).astype(o.dtype)
+        shape = self._tile_shape(o, sizes)
+        part = jnp.broadcast_to(reduce_to(part, shape), shape)  # lanes that nothing in the part depends on
+        part = from_tile_form(part, o.axes, self.n).astype(o.dtype)
         if tuple(sizes) == buffer.shape and all(isinstance(x, int) for x in starts):
             return part if math.prod(self.chunks) == 1 and not o.by_pair else buffer + part
         if not self.overwrite:

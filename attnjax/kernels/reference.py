@@ -64,7 +64,9 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
     weights = program.drop(weights * inverse(total)[..., None], tile, parts)
     out = jnp.einsum("...kgts,...ksv->...kgtv", weights, value, precision=jax.lax.Precision.HIGHEST)
     out = from_tile_form(out[..., None, :], "th.", n).astype(problem.dtype)
-    return Rows(out, *(from_tile_form(x[..., None], "th", n) for x in (highest, total)))
+    out_shape, row_shape = problem.out_shapes()
+    rows = (jnp.broadcast_to(from_tile_form(x[..., None], "th", n), row_shape) for x in (highest, total))
+    return Rows(jnp.broadcast_to(out, out_shape), *rows)
 
 
 def tangent(

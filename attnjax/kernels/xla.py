@@ -205,9 +205,9 @@ class _Tangent:
         view = _View(self.program, visit, own)
         d_raw = jnp.zeros(visit.tile.shape, visit.accumulate)
         if 0 in tangents:
-            d_raw = d_raw + visit.dot("kgth,ksh->kgts", view.scale * _rows(tangents[0]), view.key)
+            d_raw = d_raw + visit.dot("kgth,ksh->kgts", view.scale * view.row(_rows(tangents[0])), view.key)
         if 1 in tangents:
-            d_raw = d_raw + visit.dot("kgth,ksh->kgts", view.query, _columns(tangents[1]))
+            d_raw = d_raw + visit.dot("kgth,ksh->kgts", view.query, view.column(_columns(tangents[1])))
         d_leaves = [tangents.get(i) for i in self.program.score_positions()]
         weights = jnp.exp(view.logits - highest[..., 0, None])
         change = weights * view.pushed(d_raw, d_leaves)
@@ -240,7 +240,7 @@ class _Backward:
     def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
         *own, highest, ct_out, delta = parts
         view = _View(self.program, visit, own)
-        ct_out = _rows(ct_out)
+        ct_out = view.row(_rows(ct_out))
         weights = jnp.exp(view.logits - highest[..., 0, None])
         d_weights = view.drop(visit.dot("kgtv,ksv->kgts", ct_out, view.value))
         d_raw, d_leaves = view.pulled(weights * (d_weights - delta[..., 0, None]), self.wanted)
@@ -260,14 +260,15 @@ class _View:
 
     Padding may hold anything, even NaN, and a weight of 0 times NaN is NaN. So what is summed over keys goes through
     `seen`, what is summed over queries through `seeing`: they put 0 where no query sees the key, and where the query
-    sees no key. Logits need no such care, because the mask replaces those that are not seen.
+    sees no key. Logits need no such care, because the mask replaces those that are not seen; but their derivatives
+    do, so where a derivative of the tile is formed (`row`, `column`) everything goes through them.
     """
 
     def __init__(self, program: Program, visit: Visit, own: list[Array]):
         self.program, self.visit, self.own, self.scale = program, visit, own, program.scale
         self.visible = _visible(program, visit, own)
-        self.query = _rows(own[0]) * program.scale
-        self.key, self.value = _columns(own[1]), _columns(own[2])
+        self.query = self.row(_rows(own[0])) * program.scale
+        self.key, self.value = self.column(_columns(own[1])), self.column(_columns(own[2]))
         self.raw = visit.dot("kgth,ksh->kgts", self.query, self.key)
         self.leaves = [own[i] for i in program.score_positions()]
         if program.scores:  # their derivatives must stay finite where nothing is seen
@@ -277,6 +278,14 @@ class _View:
     def masked(self, pairs: Array, hidden: float = 0.0) -> Array:
         """Pairs [..., K, G, t, s], `hidden` where the query does not see the key."""
         return pairs if self.visible is None else jnp.where(self.visible, pairs, hidden)
+
+    def row(self, rows: Array) -> Array:
+        """`seeing`, where a derivative is formed."""
+        return self.seeing(rows) if self.visit.derived else rows
+
+    def column(self, columns: Array) -> Array:
+        """`seen`, where a derivative is formed."""
+        return self.seen(columns) if self.visit.derived else columns
 
     def seeing(self, rows: Array) -> Array:
         """Rows [..., K, G, t, *], 0 where the query sees nothing in this tile."""
