@@ -231,7 +231,7 @@ def _seed(seed: Any, batch: tuple[int, ...]) -> Any:
         return seed
     if isinstance(seed, int):
         return np.asarray(seed % 2**32, np.uint32)
-    if not checks._broadcasts(seed.shape, batch):
+    if not checks.broadcasts(seed.shape, batch):
         raise ValueError(f"dropout: seed is {describe(seed)} and must be a scalar or broadcast to *B = {list(batch)}.")
     return seed
 
@@ -249,7 +249,7 @@ def _check_map(block_map: Any, mask: Any, t: int, s: int, batch: tuple[int, ...]
             f"S = {s}: build it for these lengths."
         )
     shape = block_map.kinds.shape[:-2]
-    if not checks._broadcasts(shape, (*batch, heads)):
+    if not checks.broadcasts(shape, (*batch, heads)):
         raise ValueError(f"block_map is for batch and heads {list(shape)}, the call has {[*batch, heads]}.")
     if config is not None and any(
         asked not in (None, built)
@@ -379,7 +379,10 @@ def dot_product_attention(
     if is_causal:
         parts.append(Causal())
     if local_window_size is not None:
-        left, right = (local_window_size,) * 2 if isinstance(local_window_size, int) else local_window_size
+        both = (local_window_size,) * 2 if isinstance(local_window_size, int) else tuple(local_window_size)
+        if len(both) != 2:
+            raise ValueError(f"local_window_size must be an integer or (left, right), got {local_window_size}.")
+        left, right = both
         parts.append(Window(left, right))
     if query_seq_lengths is not None or key_value_seq_lengths is not None:
         parts.append(Lengths(*(_lengths(x, query.ndim) for x in (key_value_seq_lengths, query_seq_lengths))))

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from attnjax.core.checks import check_integer
 from attnjax.core.functions import trace
 from attnjax.core.node import Node, describe, is_array
 from attnjax.core.tiles import Grid, Tile, Values, everything, rows_of
@@ -95,7 +95,12 @@ def as_mask(mask: Any) -> Mask:
         return mask
     if isinstance(mask, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         return Dense(mask)  # type: ignore[arg-type]
-    raise TypeError(f"mask must be an attnjax Mask or a boolean array, got {type(mask).__name__}.")
+    hint = ""
+    if isinstance(mask, (tuple, list)):
+        hint = " Several masks are combined with & or |."
+    elif callable(mask) and not isinstance(mask, type):
+        hint = " A function of (b, h, q, k) is attnjax.Where(function)."
+    raise TypeError(f"mask must be an attnjax Mask or a boolean array, got {type(mask).__name__}.{hint}")
 
 
 class And(Mask):
@@ -168,7 +173,7 @@ class Causal(Mask):
     at_end: bool = False
 
     def __post_init__(self) -> None:
-        _check_integer("Causal", "offset", self.offset)
+        check_integer("Causal", "offset", self.offset)
 
     @classmethod
     def aligned_end(cls, offset: Number = 0) -> Causal:
@@ -217,8 +222,8 @@ class Window(Mask):
     def __post_init__(self) -> None:
         for name in ("left", "right"):
             if getattr(self, name) is not None:
-                _check_integer("Window", name, getattr(self, name), least=0)
-        _check_integer("Window", "offset", self.offset)
+                check_integer("Window", name, getattr(self, name), least=0)
+        check_integer("Window", "offset", self.offset)
 
     @classmethod
     def aligned_end(cls, left: Number | None = None, right: Number | None = None, offset: Number = 0) -> Window:
@@ -278,8 +283,8 @@ class Chunked(Mask):
     at_end: bool = False
 
     def __post_init__(self) -> None:
-        _check_integer("Chunked", "size", self.size, least=1)
-        _check_integer("Chunked", "offset", self.offset)
+        check_integer("Chunked", "size", self.size, least=1)
+        check_integer("Chunked", "offset", self.offset)
 
     def evaluate(self, tile: Tile) -> Array:
         size = tile.take(self.size, "")
@@ -310,7 +315,7 @@ class Prefix(Mask):
     length: Number
 
     def __post_init__(self) -> None:
-        _check_integer("Prefix", "length", self.length, least=0)
+        check_integer("Prefix", "length", self.length, least=0)
 
     def evaluate(self, tile: Tile) -> Array:
         return tile.k < tile.take(self.length, "")
@@ -374,7 +379,7 @@ class Lengths(Mask):
     def __post_init__(self) -> None:
         for name in ("key", "query"):
             if getattr(self, name) is not None:
-                _check_integer("Lengths", name, getattr(self, name), least=0)
+                check_integer("Lengths", name, getattr(self, name), least=0)
 
     def evaluate(self, tile: Tile) -> Array:
         seen = tile.k == tile.k if self.key is None else tile.k < tile.take(self.key, "")
@@ -411,8 +416,8 @@ class Dilated(Mask):
     at_end: bool = False
 
     def __post_init__(self) -> None:
-        _check_integer("Dilated", "stride", self.stride, least=1)
-        _check_integer("Dilated", "offset", self.offset)
+        check_integer("Dilated", "stride", self.stride, least=1)
+        check_integer("Dilated", "offset", self.offset)
 
     def evaluate(self, tile: Tile) -> Array:
         return (tile.q + _shift(self, tile) - tile.k) % tile.take(self.stride, "") == 0
@@ -543,16 +548,6 @@ def _three_ranges(q_low: Any, q_high: Any, k_low: Any, k_high: Any) -> Any:
 def _either(with_numpy: Callable, with_jax: Callable, left: Any, right: Any) -> Any:
     known = isinstance(left, (np.ndarray, np.generic)) and isinstance(right, (np.ndarray, np.generic))
     return (with_numpy if known else with_jax)(left, right)
-
-
-def _check_integer(node: str, name: str, value: Any, least: int | None = None) -> None:
-    if isinstance(value, bool) or not (isinstance(value, (int, np.integer)) or is_array(value)):
-        raise TypeError(f"{node}: {name} must be an integer or an integer array, got {value!r}.")
-    if is_array(value) and not np.issubdtype(value.dtype, np.integer):
-        raise TypeError(f"{node}: {name} must be integers, got {describe(value)}.")
-    known = None if isinstance(value, (Tracer, jax.ShapeDtypeStruct)) else np.asarray(value)
-    if least is not None and known is not None and known.size and known.min() < least:
-        raise ValueError(f"{node}: {name} must be at least {least}, got {known.min()}.")
 
 
 def _integers(node: str, name: str, value: Any) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnjax.core.checks import check_integer
 from attnjax.core.functions import trace
 from attnjax.core.node import Node, describe, is_array
 from attnjax.core.tiles import Tile, everything
@@ -67,7 +68,7 @@ class SoftCap(Score):
     cap: float | Array
 
     def __post_init__(self) -> None:
-        if isinstance(self.cap, (int, float)) and not isinstance(self.cap, bool):
+        if isinstance(self.cap, (int, float, np.number)) and not isinstance(self.cap, bool):
             if not (np.isfinite(self.cap) and self.cap > 0):
                 raise ValueError(f"SoftCap: cap must be positive and finite, got {self.cap}.")
         else:
@@ -123,6 +124,7 @@ class ALiBi(Score):
 
     def __post_init__(self) -> None:
         _check_floats("ALiBi", "slopes", self.slopes)
+        check_integer("ALiBi", "offset", self.offset)
 
     @classmethod
     def for_heads(cls, num_heads: int, offset: Number = 0) -> ALiBi:
@@ -163,8 +165,13 @@ class RelativeBias(Score):
         _check_floats("RelativeBias", "table", self.table)
         if np.ndim(self.table) < 2:
             raise ValueError(f"RelativeBias: table must be [num_buckets, N], got {describe(self.table)}.")
-        if is_array(self.offset):
-            raise TypeError("RelativeBias: offset must be a Python integer, got an array.")
+        least = 4 if self.bidirectional else 2
+        if self.table.shape[-2] < least:
+            raise ValueError(f"RelativeBias: table must have at least {least} buckets, got {describe(self.table)}.")
+        if not isinstance(self.offset, int) or isinstance(self.offset, bool):
+            raise TypeError(f"RelativeBias: offset must be a Python integer, got {describe(self.offset)}.")
+        if not isinstance(self.max_distance, int) or self.max_distance < 1:
+            raise ValueError(f"RelativeBias: max_distance must be an integer of at least 1, got {self.max_distance!r}.")
 
     def evaluate(self, logits: Array, tile: Tile) -> Array:
         table = _like(tile.take(self.table, ".h"), logits)

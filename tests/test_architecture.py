@@ -16,9 +16,10 @@ PACKAGE = Path(attnjax.__file__).parent
 # Each file imports only from steps before its own. Files of one step do not import each other, but for bench.
 STEPS = [
     {"core.node", "core.functions", "core.dropout", "core.softmax", "positions", "profiling"},
-    {"core.tiles", "core.checks"},
-    {"masks", "scores", "core.blocks", "core.program"},
-    {"tuning"},
+    {"core.checks"},
+    {"core.tiles"},
+    {"masks", "scores", "core.program"},
+    {"core.blocks", "tuning"},
     {"core.walk"},
     {"core.sweep"},
     {"kernels.xla", "kernels.reference"},

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnjax.core.checks import check_leaves, check_static_lengths
 from attnjax.core.tiles import Grid, Sizes, operand_form, with_leaves
+from attnjax.masks import as_mask
 
 Array = jax.Array
 
@@ -62,6 +64,12 @@ class BlockMap:
         for name, size in (("block_q", block_q), ("block_k", block_k)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"BlockMap: {name} must be an integer of at least 1, got {size!r}.")
+        for name, size in (("query_length", query_length), ("key_length", key_length)):
+            if not isinstance(size, int) or size < 0:
+                raise ValueError(f"BlockMap: {name} must be an integer of at least 0, got {size!r}.")
+        mask = as_mask(mask)
+        check_leaves(mask, "mask", tuple(batch), {"t": query_length, "s": key_length, "h": heads})
+        check_static_lengths(mask, "mask", query_length, key_length)
         block_q, block_k = min(block_q, max(query_length, 1)), min(block_k, max(key_length, 1))
         sizes = Sizes(tuple(batch), 0, query_length, key_length, heads, heads)
         grid = Grid(sizes, block_q, block_k)

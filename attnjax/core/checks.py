@@ -135,6 +135,21 @@ def _lengths(node: Any, query_length: int, key_length: int) -> Any:
             yield from _lengths(child, query_length, key_length)
 
 
+def check_integer(node: str, name: str, value: Any, least: int | None = None) -> None:
+    """An integer, or an array of integers; where its values are known, none below `least`.
+
+    Raises:
+      TypeError, ValueError: anything else.
+    """
+    if isinstance(value, bool) or not (isinstance(value, (int, np.integer)) or is_array(value)):
+        raise TypeError(f"{node}: {name} must be an integer or an integer array, got {value!r}.")
+    if is_array(value) and not np.issubdtype(value.dtype, np.integer):
+        raise TypeError(f"{node}: {name} must be integers, got {describe(value)}.")
+    known = None if isinstance(value, (Tracer, jax.ShapeDtypeStruct)) else np.asarray(value)
+    if least is not None and known is not None and known.size and known.min() < least:
+        raise ValueError(f"{node}: {name} must be at least {least}, got {known.min()}.")
+
+
 def check_scale(scale: Any) -> None:
     """A number, or a scalar array of floats.
 
@@ -163,11 +178,11 @@ def check_sinks(sinks: Any, heads: int, batch: tuple[int, ...]) -> None:
         return
     if not is_array(sinks) or not jnp.issubdtype(sinks.dtype, jnp.floating):
         raise TypeError(f"sinks must be an array of floats [N], got {_kind(sinks)}.")
-    if sinks.ndim < 1 or sinks.shape[-1] != heads or not _broadcasts(sinks.shape[:-1], batch):
+    if sinks.ndim < 1 or sinks.shape[-1] != heads or not broadcasts(sinks.shape[:-1], batch):
         raise ValueError(f"sinks is {describe(sinks)} and must be [N] with N = {heads}, one per query head.")
 
 
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
 
 

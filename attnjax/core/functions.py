@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,10 @@ def trace(function: Callable, *, score: bool, name: str) -> tuple[IndexFunction,
     """
     if not callable(function):
         raise TypeError(f"{name} takes a function of {_signature(score)}, got {type(function).__name__}.")
+    try:
+        inspect.signature(function).bind(*range(5 if score else 4))
+    except TypeError as error:
+        raise TypeError(f"{name} takes a function of {_signature(score)}: {error}.") from None
     index = jax.ShapeDtypeStruct((), jnp.int32)
     dtypes = (
         ["float32", *(["float64"] if jax.dtypes.canonicalize_dtype("float64") == "float64" else [])]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnjax.core.checks import check_leaves
 from attnjax.core.functions import IndexFunction
 from attnjax.core.node import Node, is_array
 
@@ -281,6 +282,7 @@ def _sizes_of(node: Node, query_length: int, key_length: int, batch: tuple[int, 
         batch = np.broadcast_shapes(batch, shape[: max(own, 0)])
         if "h" in axes and own + axes.index("h") >= 0:
             heads = max(heads, shape[own + axes.index("h")])
+    check_leaves(node, type(node).__name__, tuple(batch), {"t": query_length, "s": key_length, "h": heads})
     return Sizes(tuple(batch), 0, query_length, key_length, heads, heads)
 
 
