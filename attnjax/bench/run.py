@@ -28,7 +28,7 @@ from attnjax.core.dispatch import KERNELS
 
 FORMAT = 1  # of the record
 
-_SECONDS = 1.0  # rounds of a case go on about so long, but there are at least _LEAST
+_SECONDS = 0.6  # rounds of a case go on about so long, but there are at least _LEAST
 _LEAST, _MOST = 3, 15
 _SLOW, _FAR = 1.0, 4.0  # one round is enough for what takes over a second and 4 times as long as the fastest
 _PAUSE = 5e-3  # the threads of OpenMP libraries spin for some milliseconds after their work
