@@ -113,6 +113,7 @@ def dense(x: Arrays, problem: Problem, order: tuple[Any, Any] | None = None, lat
     v = x["value"].reshape(shape.B, shape.S, shape.K, shape.V).repeat(shape.N // shape.K, axis=2)[:, keys]
     permute = lambda pairs: None if pairs is None else jnp.asarray(pairs)[:, :, queries][..., keys]
 
+    q, k = (jnp.roll(a, jnp.asarray(queries)[0], -1) for a in (q, k))  # sums over H in another order, too
     scale = shape.H**-0.5 if problem.scale is None else problem.scale
     s = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
     if problem.score is not None:

@@ -53,8 +53,7 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
     logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
     highest = logits.max(-1)
     if program.sinks:
-        sinks = jnp.broadcast_to(tile_form(operands[3], "h", n, sizes.group)[..., 0], highest.shape)
-        sinks = sinks.astype(problem.accumulate)
+        sinks = tile_form(operands[3], "h", n, sizes.group)[..., 0].astype(problem.accumulate)
         highest = jnp.maximum(highest, sinks)
     highest = jax.lax.stop_gradient(finite(highest))
     weights = jnp.exp(logits - highest[..., None])
