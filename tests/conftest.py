@@ -1,5 +1,6 @@
 """Settings every test runs under: one CPU backend unless told otherwise, strict promotion, skips that are counted."""
 
+import functools
 import os
 from collections import Counter
 
@@ -9,6 +10,9 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from problems import IMPLEMENTATIONS
+
+import attnjax
 
 # A float32 and a float64 never meet silently: a forgotten cast is an error here, not a slow float64 program.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -22,6 +26,14 @@ hypothesis.settings.load_profile("attnjax")
 def rng():
     """NumPy's generator with a fixed seed."""
     return np.random.default_rng(20250731)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def attend(request):
+    """attention(...) -> (out, lse) on one implementation, with its small tiles."""
+    return functools.partial(
+        attnjax.attention, implementation=request.param, config=IMPLEMENTATIONS[request.param], return_lse=True
+    )
 
 
 def pytest_addoption(parser):

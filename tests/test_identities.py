@@ -21,14 +21,6 @@ COMBINED, EVERYTHING = MASKS[-1], SCORES[-1]
 T, S, N, K, H, V = 37, 53, 6, 2, 19, 23
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
-def attend(request):
-    """attention(...) -> (out, lse) on one implementation, with its small tiles."""
-    return functools.partial(
-        aj.attention, implementation=request.param, config=IMPLEMENTATIONS[request.param], return_lse=True
-    )
-
-
 @pytest.fixture
 def qkv(rng):
     array = lambda *size: jnp.asarray(rng.normal(size=size), jnp.float32)

@@ -1,7 +1,5 @@
 """Wrong answers that other attention libraries gave without a word, each tried on attnjax. Crashes are not here."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +11,6 @@ from problems import IMPLEMENTATIONS, Case, draw, expect, precision, solver
 import attnjax as aj
 
 T, S, N, K, H, V = 37, 53, 6, 2, 19, 23
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def attend(request):
-    """attention(...) -> (out, lse) on one implementation, with its small tiles."""
-    return functools.partial(
-        aj.attention, implementation=request.param, config=IMPLEMENTATIONS[request.param], return_lse=True
-    )
 
 
 @pytest.fixture

@@ -72,14 +72,8 @@ class BlockMap:
         check_static_lengths(mask, "mask", query_length, key_length)
         block_q, block_k = min(block_q, max(query_length, 1)), min(block_k, max(key_length, 1))
         sizes = Sizes(tuple(batch), 0, query_length, key_length, heads, heads)
-        grid = Grid(sizes, block_q, block_k)
         leaves = [operand_form(leaf, axes, len(sizes.batch)) for _, leaf, axes in mask.operands()]
-        kinds = with_leaves(mask, leaves).blocks(grid)
-        ndim = len(sizes.batch) + 3
-        xp = np if isinstance(kinds, (np.ndarray, np.generic)) else jnp
-        kinds = xp.asarray(kinds, xp.int8)
-        kinds = kinds.reshape((1,) * (ndim - kinds.ndim) + kinds.shape)
-        kinds = xp.broadcast_to(kinds, (*kinds.shape[:-2], *grid.shape))
+        kinds = Grid(sizes, block_q, block_k).kinds(with_leaves(mask, leaves))
         return cls(jnp.asarray(kinds), query_length, key_length, block_q, block_k)
 
     def counts(self) -> dict[str, int]:

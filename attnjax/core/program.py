@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from attnjax.core.dropout import keep
 from attnjax.core.tiles import Grid, Sizes, Tile
@@ -122,12 +121,4 @@ class Problem:
         given = self.program.map_of(operands)
         if given is not None:
             return given
-        grid = Grid(self.sizes, block_q, block_k)
-        mask = self.program.mask_of(operands)
-        kinds = np.int8(2) if mask is None else mask.blocks(grid)
-        known = isinstance(kinds, (np.ndarray, np.generic))
-        xp = np if known else jnp
-        kinds = xp.asarray(kinds, xp.int8)
-        ndim = len(self.sizes.batch) + 3
-        kinds = kinds.reshape((1,) * (ndim - kinds.ndim) + kinds.shape)
-        return xp.broadcast_to(kinds, (*kinds.shape[:-2], *grid.shape))
+        return Grid(self.sizes, block_q, block_k).kinds(self.program.mask_of(operands))

@@ -190,7 +190,8 @@ def _jvp(primals: list, tangents: list, *, problem: Problem, fn: TileFunction, a
         return made, [ad.Zero(ShapedArray(o.shape, o.dtype)) for o in outputs]
     if set(moved) <= set(fn.linear):  # the function is its own derivative
         values = [
-            instantiate(t) if i in fn.linear else p for i, (p, t) in enumerate(zip(primals, tangents, strict=True))
+            ad.instantiate_zeros(t) if i in fn.linear else p
+            for i, (p, t) in enumerate(zip(primals, tangents, strict=True))
         ]
         return made, sweep_p.bind(*values, problem=problem, fn=fn, axes=axes, outputs=outputs)
     derivative = _Derivative(fn, len(primals), moved)
@@ -232,11 +233,6 @@ def lead(operands: list, dims: list) -> tuple[list, int]:
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
     moved = [x[None] if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)]
     return moved, size
-
-
-def instantiate(tangent: Any) -> Array:
-    """Zeros for a symbolic zero."""
-    return ad.instantiate_zeros(tangent)
 
 
 def register(

@@ -196,6 +196,15 @@ class Grid:
         self.q_min, self.q_max = q, np.minimum(q + block_q, sizes.query_length) - 1
         self.k_min, self.k_max = k, np.minimum(k + block_k, sizes.key_length) - 1
 
+    def kinds(self, mask: Any) -> Any:
+        """The blocks of a mask, int8 `[*batch or 1, heads or 1, query blocks, key blocks]`; numpy where known."""
+        kinds = np.int8(2) if mask is None else mask.blocks(self)
+        xp = np if isinstance(kinds, (np.ndarray, np.generic)) else jnp
+        kinds = xp.asarray(kinds, xp.int8)
+        missing = len(self.sizes.batch) + 3 - kinds.ndim
+        kinds = kinds.reshape((1,) * missing + kinds.shape)
+        return xp.broadcast_to(kinds, (*kinds.shape[:-2], *self.shape))
+
     def take(self, array: Any, axes: str) -> Any:
         """A leaf without positions, shaped to broadcast to `[*batch, heads, query blocks, key blocks]`."""
         return array.reshape(*array.shape, 1, 1, 1) if is_array(array) else array

@@ -22,7 +22,7 @@ from jax.interpreters import ad
 from attnjax.core.dispatch import choose
 from attnjax.core.program import Problem
 from attnjax.core.softmax import Rows, log_sum_exp
-from attnjax.core.sweep import instantiate, lead, register
+from attnjax.core.sweep import lead, register
 from attnjax.core.walk import push
 
 Array = jax.Array
@@ -81,7 +81,7 @@ def _tangent_jvp(primals: list, tangents: list, *, problem: Problem, moved: tupl
     bind = partial(tangent_p.bind, problem=problem, moved=moved)
     made = bind(*primals)
     if all(type(t) is ad.Zero for t in tangents[:linear]):
-        return made, bind(*primals[:linear], *map(instantiate, tangents[linear:]))
+        return made, bind(*primals[:linear], *map(ad.instantiate_zeros, tangents[linear:]))
     return made, _derivative(partial(_tangent, problem=problem, moved=moved), primals, tangents)
 
 
@@ -90,7 +90,7 @@ def _tangent_transpose(cotangents: list, *args: Any, problem: Problem, moved: tu
     wanted = [(i, x.aval) for i, x in zip(moved, args[linear:], strict=True) if ad.is_undefined_primal(x)]
     made = backward_p.bind(
         *args[:linear],
-        *map(instantiate, cotangents),
+        *map(ad.instantiate_zeros, cotangents),
         problem=problem,
         wanted=tuple((i, tuple(aval.shape)) for i, aval in wanted),
     )
@@ -116,7 +116,7 @@ def _backward_jvp(primals: list, tangents: list, *, problem: Problem, wanted: Wa
     bind = partial(backward_p.bind, problem=problem, wanted=wanted)
     made = bind(*primals)
     if all(type(t) is ad.Zero for t in tangents[:-2]):
-        return made, bind(*primals[:-2], *map(instantiate, tangents[-2:]))
+        return made, bind(*primals[:-2], *map(ad.instantiate_zeros, tangents[-2:]))
     return made, _derivative(partial(_backward, problem=problem, wanted=wanted), primals, tangents)
 
 
