@@ -1,7 +1,7 @@
 """implementation="xla": tiled attention in plain XLA, on every device, for every mask and score, in linear memory.
 
-Forward is the online softmax over tiles; backward and tangent recompute the weights from what it kept of the softmax. All three
-are differentiable again, to any order, because backward and tangent are sweeps (`core.sweep`).
+Forward is the online softmax over tiles; backward and tangent recompute the weights from what it kept of the softmax.
+All three are differentiable again, to any order, because backward and tangent are sweeps (`core.sweep`).
 """
 
 from __future__ import annotations
