@@ -82,11 +82,11 @@ def test_score_variants(score, implementation):
 
 @every_implementation
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_shapes(shape, implementation, request):
-    if shape is SHAPES["one_key"] and implementation == "xla":
-        # Known and open: the tangent of lse is 1.7 times over its budget in one draw (2.6e-5, 1.5e-5 allowed).
-        request.applymarker(pytest.mark.xfail(reason="tangent of lse over its budget", strict=False))
-    agrees(Case(COMBINED, EVERYTHING, shape), "float32", implementation)
+def test_shapes(shape, implementation):
+    # The tangent and the gradient compute the logits again. Compiled fast, the second time may differ from the first in
+    # the last bit, which a row's one weight of 1 shows in full: so that shape is compiled as users compile it.
+    options = OPTIMISED if shape is SHAPES["one_key"] else None
+    agrees(Case(COMBINED, EVERYTHING, shape), "float32", implementation, options=options)
 
 
 @every_implementation
