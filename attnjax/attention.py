@@ -18,12 +18,12 @@ from attnjax.core.node import describe, is_array
 from attnjax.core.program import Problem, Program
 from attnjax.core.tiles import Sizes, operand_form
 from attnjax.core.transforms import attend
-from attnjax.kernels.xla import Config
+from attnjax.kernels import cpu, xla
 from attnjax.masks import Causal, Lengths, Mask, Window, as_mask
 from attnjax.scores import Bias, Scale, Score, as_scores
 
 Array = jax.Array
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "cpu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +101,8 @@ def attention(
       scale: factor of the logits; default 1 / sqrt(H).
       sinks: `[N]`, one more logit per head that takes part in the softmax but has no value.
       dropout: `Dropout(rate, seed)`.
-      implementation: "xla" or "reference"; default: the best that can. A named one runs or raises.
-      config: block sizes of the implementation, `attnjax.kernels.xla.Config(...)`; default: chosen by shape.
+      implementation: "cpu", "xla" or "reference"; default: the best that can. A named one runs or raises.
+      config: how the implementation runs, `attnjax.kernels.xla.Config(...)` or `attnjax.kernels.cpu.Config(...)`.
       block_map: a `BlockMap` of the mask that was built before.
       return_lse: also return the log-sum-exp of the logits (sinks included).
 
@@ -168,8 +168,7 @@ def build(
     checks.check_sinks(sinks, heads, batch)
     if dropout is not None and not isinstance(dropout, Dropout):
         raise TypeError(f"dropout must be attnjax.Dropout(rate, seed), got {type(dropout).__name__} {dropout!r}.")
-    if config is not None and not isinstance(config, Config):
-        raise TypeError(f"config must be an attnjax.kernels.xla.Config, got {type(config).__name__}.")
+    implementation = _configured(implementation, config)
     mask = None if mask is None else as_mask(mask)
     scores = as_scores(score)
     if is_array(scale) and not isinstance(scale, np.generic):
@@ -226,6 +225,19 @@ def build(
     return problem, operands
 
 
+def _configured(implementation: str | None, config: Any) -> str | None:
+    """The implementation, which a config names too."""
+    if config is None:
+        return implementation
+    named = {xla.Config: "xla", cpu.Config: "cpu"}.get(type(config))
+    if named is None:
+        kind = type(config).__name__
+        raise TypeError(f"config must be an attnjax.kernels.xla.Config or an attnjax.kernels.cpu.Config, got {kind}.")
+    if implementation not in (None, named, "reference"):
+        raise ValueError(f"config is one of {named!r} and implementation is {implementation!r}: give one of that.")
+    return implementation or named
+
+
 def _seed(seed: Any, batch: tuple[int, ...]) -> Any:
     if isinstance(seed, jax.ShapeDtypeStruct):
         return seed
@@ -251,7 +263,7 @@ def _check_map(block_map: Any, mask: Any, t: int, s: int, batch: tuple[int, ...]
     shape = block_map.kinds.shape[:-2]
     if not checks.broadcasts(shape, (*batch, heads)):
         raise ValueError(f"block_map is for batch and heads {list(shape)}, the call has {[*batch, heads]}.")
-    if config is not None and any(
+    if isinstance(config, xla.Config) and any(
         asked not in (None, built)
         for asked, built in ((config.block_q, block_map.block_q), (config.block_k, block_map.block_k))
     ):
@@ -321,7 +333,7 @@ def chunked_attention(
             raise ValueError(f"{name} must be an integer of at least 1 or None, got {size!r}.")
     if options.get("config") is not None:
         raise ValueError("chunked_attention takes its chunk sizes in place of config: leave config out.")
-    options = {**options, "config": Config(block_q=query_chunk_size, block_k=key_chunk_size)}
+    options = {**options, "config": xla.Config(block_q=query_chunk_size, block_k=key_chunk_size)}
     options.setdefault("implementation", "xla")
     return attention(query, key, value, **options)
 

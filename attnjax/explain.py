@@ -15,7 +15,7 @@ from attnjax.core.dispatch import PARTS, Choice, choose
 from attnjax.core.node import describe, is_array
 from attnjax.core.program import Problem
 from attnjax.profiling import attention_bytes, attention_flops
-from attnjax.tuning import PLATFORMS, Blocks, choose_blocks
+from attnjax.tuning import PLATFORMS, Blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +109,8 @@ def explain(query: Any, key: Any, value: Any, *, platform: str | None = None, **
         raise ValueError(f"platform {platform!r} is unknown: expected one of {list(PLATFORMS)} or None.")
     options.pop("return_lse", None)
     problem, operands = build(query, key, value, **options)
-    choices = {part: choose(problem, platform, part) for part in PARTS}
-    blocks = None if choices["forward"].name == "reference" else choose_blocks(problem, platform)
+    choices = {part: choose(problem, operands, platform, part) for part in PARTS}
+    blocks = choices["forward"].kernel.blocks(problem, platform)
     pairs, counts = _pairs(problem, operands, blocks)
     flops = attention_flops(pairs, problem.head_size, problem.value_size)
     temporaries = {

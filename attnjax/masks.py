@@ -7,6 +7,8 @@ A mask is combined with `&`, `|` and `~`. `evaluate` states the rule once, for i
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -141,7 +143,7 @@ class Not(Mask):
     mask: Mask
 
     def evaluate(self, tile: Tile) -> Array:
-        return jnp.logical_not(self.mask.evaluate(tile))
+        return ~self.mask.evaluate(tile)
 
     def blocks(self, grid: Grid) -> Any:
         return np.int8(2) - self.mask.blocks(grid)
@@ -238,8 +240,9 @@ class Window(Mask):
 
     def evaluate(self, tile: Tile) -> Array:
         centre = tile.q + _shift(self, tile)
-        seen = tile.k == tile.k if self.left is None else tile.k >= centre - tile.take(self.left, "")
-        return seen if self.right is None else seen & (tile.k <= centre + tile.take(self.right, ""))
+        bounds = [] if self.left is None else [tile.k >= centre - tile.take(self.left, "")]
+        bounds += [] if self.right is None else [tile.k <= centre + tile.take(self.right, "")]
+        return _all(bounds, tile)
 
     def blocks(self, grid: Grid) -> Any:
         shift = _shift(self, grid)
@@ -382,8 +385,9 @@ class Lengths(Mask):
                 check_integer("Lengths", name, getattr(self, name), least=0)
 
     def evaluate(self, tile: Tile) -> Array:
-        seen = tile.k == tile.k if self.key is None else tile.k < tile.take(self.key, "")
-        return seen if self.query is None else seen & (tile.q < tile.take(self.query, ""))
+        bounds = [] if self.key is None else [tile.k < tile.take(self.key, "")]
+        bounds += [] if self.query is None else [tile.q < tile.take(self.query, "")]
+        return _all(bounds, tile)
 
     def blocks(self, grid: Grid) -> Any:
         kinds = np.int8(2)
@@ -420,7 +424,8 @@ class Dilated(Mask):
         check_integer("Dilated", "offset", self.offset)
 
     def evaluate(self, tile: Tile) -> Array:
-        return (tile.q + _shift(self, tile) - tile.k) % tile.take(self.stride, "") == 0
+        stride = tile.take(self.stride, "")
+        return (tile.q + _shift(self, tile)) % stride == tile.k % stride
 
     def blocks(self, grid: Grid) -> Any:
         return np.int8(2) if isinstance(self.stride, int) and self.stride == 1 else np.int8(1)
@@ -532,6 +537,11 @@ class Permutation(Mask):
 
     def __repr__(self) -> str:
         return f"Permutation({describe(self.order)}{', strict=True' if self.strict else ''})"
+
+
+def _all(bounds: list[Any], tile: Tile) -> Any:
+    """All of the bounds hold; true where there are none."""
+    return functools.reduce(operator.and_, bounds) if bounds else tile.k == tile.k
 
 
 def _three(*, full: Any, empty: Any) -> Any:

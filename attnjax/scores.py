@@ -19,7 +19,12 @@ Number = int | Array
 
 
 class Score(Node):
-    """Base class of all scores."""
+    """Base class of all scores.
+
+    `by_distance`: whether the score adds to the logit what depends only on head and on key minus query position.
+    """
+
+    by_distance: ClassVar[bool] = False
 
     def evaluate(self, logits: Array, tile: Tile) -> Array:
         """The changed logits, of the tile's shape and the logits' dtype."""
@@ -119,6 +124,7 @@ class ALiBi(Score):
     """
 
     axes: ClassVar = {"slopes": "h", "offset": ""}
+    by_distance: ClassVar = True
     slopes: Array
     offset: Number = 0
 
@@ -156,6 +162,7 @@ class RelativeBias(Score):
     """
 
     axes: ClassVar = {"table": ".h", "offset": ""}
+    by_distance: ClassVar = True
     table: Array
     bidirectional: bool = True
     max_distance: int = 128

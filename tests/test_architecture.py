@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import attnjax
-from attnjax.core.dispatch import KERNELS
+from attnjax.core.dispatch import KERNELS, parts_of
 
 PACKAGE = Path(attnjax.__file__).parent
 
@@ -18,11 +18,11 @@ STEPS = [
     {"core.node", "core.functions", "core.dropout", "core.softmax", "positions", "profiling"},
     {"core.checks"},
     {"core.tiles"},
-    {"masks", "scores", "core.program"},
+    {"masks", "scores", "core.program", "core.sides"},
     {"core.blocks", "tuning"},
     {"core.walk"},
     {"core.sweep"},
-    {"kernels.xla", "kernels.reference"},
+    {"kernels.xla", "kernels.reference", "kernels.cpu"},
     {"core.dispatch"},
     {"core.transforms"},
     {"attention"},
@@ -66,7 +66,8 @@ def test_kernels_are_files():
     assert {p.stem for p in (PACKAGE / "kernels").glob("*.py")} - {"__init__"} == set(KERNELS)
     for name, kernel in KERNELS.items():
         assert kernel.__name__ == f"attnjax.kernels.{name}"
-        assert all(callable(getattr(kernel, f)) for f in ("unsupported", "forward", "tangent", "backward"))
+        parts = set(parts_of(name)) - {"higher"}
+        assert all(callable(getattr(kernel, f)) for f in ("unsupported", "blocks", "temporary_bytes", *parts))
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -28,7 +28,7 @@ class Case:
       T, S: queries and keys.
       B, N, K, H, V: batch, query heads, key/value heads, head size, value head size.
       causal: query t sees keys s <= t.
-      window: query t sees keys t - window <= s <= t.
+      window: query t sees its last `window` keys, t - window < s <= t.
       documents: the sequence is this many packed documents of equal length; none sees another.
       length: only so many keys are there, the rest is padding.
       alibi: ALiBi with the paper's slopes.
@@ -74,7 +74,7 @@ class Case:
         if self.causal or self.window is not None:
             end = np.minimum(end, query + 1)
         if self.window is not None:
-            first = np.maximum(first, query - self.window)
+            first = np.maximum(first, query - self.window + 1)
         if self.documents is not None:
             ids = self.indices()
             first = np.maximum(first, np.searchsorted(ids["key_ids"], ids["query_ids"], "left"))
@@ -133,7 +133,7 @@ class Case:
         if self.causal:
             masks.append(Causal(first_query))
         if self.window is not None:
-            masks.append(Window(self.window, 0, first_query))
+            masks.append(Window(self.window - 1, 0, first_query))
         if self.documents is not None:
             masks.append(Segments(arrays["query_ids"], arrays["key_ids"]))
         if self.length is not None:

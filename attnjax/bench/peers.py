@@ -214,7 +214,7 @@ def _own_rules(case: Case) -> dict[str, Any]:
     """A case's mask as arguments of `jax.nn.dot_product_attention` (tokamax's are the same)."""
     rules: dict[str, Any] = {"is_causal": case.causal}
     if case.window is not None:
-        rules["local_window_size"] = (case.window, 0)
+        rules["local_window_size"] = (case.window - 1, 0)
     if case.length is not None:
         rules["key_value_seq_lengths"] = jnp.full((case.B,), case.length, jnp.int32)
     return rules

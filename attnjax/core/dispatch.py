@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from types import ModuleType
+from typing import Any
 
 from attnjax.core.program import Problem
-from attnjax.kernels import reference, xla
+from attnjax.kernels import cpu, reference, xla
 
-KERNELS: dict[str, ModuleType] = {"xla": xla, "reference": reference}
+KERNELS: dict[str, ModuleType] = {"cpu": cpu, "xla": xla, "reference": reference}
 PARTS = ("forward", "backward", "tangent", "higher")  # higher: derivatives of second order and up
 
-_ORDER = {"cpu": ("xla",), "cuda": ("xla",), "rocm": ("xla",), "tpu": ("xla",)}
+_ORDER = {"cpu": ("cpu", "xla"), "cuda": ("xla",), "rocm": ("xla",), "tpu": ("xla",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +37,30 @@ def check_name(implementation: str | None) -> None:
     raise ValueError(f"implementation {implementation!r} is unknown: expected one of {sorted(KERNELS)} or None.{hint}")
 
 
-def choose(problem: Problem, platform: str, part: str) -> Choice:
+def choose(
+    problem: Problem, operands: list[Any], platform: str, part: str, *, exported: bool = False
+) -> Choice:
     """The implementation for one of `PARTS`.
+
+    Args:
+      problem, operands: the call; the operands may be `jax.ShapeDtypeStruct`.
+      platform: what it is compiled for.
+      part: one of `PARTS`.
+      exported: by `jax.export`, whose programs run where attnjax may not be installed: not with compiled kernels, unless
+        one is named.
 
     Raises:
       NotImplementedError: the implementation that was named cannot take the problem.
     """
     named = problem.implementation
-    refusals = {name: kernel.unsupported(problem, platform) for name, kernel in KERNELS.items()}
-    if named is not None:
+    refusals = {name: kernel.unsupported(problem, operands, platform, part) for name, kernel in KERNELS.items()}
+    if named is not None and (part in parts_of(named) or refusals[named] is None):
         if refusals[named] is not None:
             able = [name for name in KERNELS if refusals[name] is None]
             raise NotImplementedError(f"implementation {named!r} cannot: {refusals[named]}. {', '.join(able)} can.")
         return Choice(named, {name: f"implementation={named!r} was asked for" for name in KERNELS if name != named})
+    if exported:
+        refusals["cpu"] = refusals["cpu"] or "jax.export: the program could not be loaded without attnjax"
     order = _ORDER.get(platform, ("xla",))
     chosen = next(name for name in order if refusals[name] is None)
     reasons = {}
@@ -56,6 +68,11 @@ def choose(problem: Problem, platform: str, part: str) -> Choice:
         if name != chosen:
             reasons[name] = refusals[name] or _not_preferred(name, order, chosen)
     return Choice(chosen, reasons)
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """The parts that an implementation has; of the others, where it is named, the best that can runs them."""
+    return getattr(KERNELS[name], "PARTS", PARTS)
 
 
 def _not_preferred(name: str, order: tuple[str, ...], chosen: str) -> str:

@@ -96,3 +96,22 @@ def add_sinks(rows: Rows, sinks: Array) -> Rows:
     before = rows.total * jnp.exp(rows.highest - finite(highest))
     total = before + jnp.exp(sinks - finite(highest))
     return Rows(rows.out * (before * inverse(total))[..., None], highest, total)
+
+
+def sink_weight(sinks: Array, rows: Rows) -> Array:
+    """The share of the softmax that each sink takes, [*batch, T, N]; sinks are [*batch or 1, N]."""
+    return jnp.exp(sinks.astype(rows.total.dtype)[..., None, :] - finite(rows.highest)) * inverse(rows.total)
+
+
+def row_delta(rows: Rows, ct_out: Array, ct_lse: Array) -> Array:
+    """What the backward subtracts from every weight's cotangent, [*batch, T, N]."""
+    accumulate = rows.total.dtype
+    return (ct_out.astype(accumulate) * rows.out.astype(accumulate)).sum(-1) - ct_lse
+
+
+def sink_gradient(sinks: Array, rows: Rows, delta: Array, shape: tuple[int, ...]) -> Array:
+    """The gradient of the sinks, summed over the batch axes that have size 1 in `shape`."""
+    gradient = (-sink_weight(sinks, rows) * delta).sum(-2)
+    return gradient.sum(
+        tuple(a for a, (x, y) in enumerate(zip(gradient.shape, shape, strict=True)) if x != y), keepdims=True
+    )

@@ -64,7 +64,15 @@ def product_type(problem: Problem, platform: str) -> Any:
     return jnp.dtype(problem.dtype).type if low else jnp.dtype(problem.accumulate).type
 
 
-def _run(*operands: Array, platform: str, problem: Problem, fn: TileFunction, axes: tuple, outputs: tuple) -> list:
+def _run(
+    *operands: Array,
+    platform: str,
+    exported: bool,
+    problem: Problem,
+    fn: TileFunction,
+    axes: tuple,
+    outputs: tuple,
+) -> list:
     rows = [o.by_row for o in outputs]
     outputs = tuple(dataclasses.replace(o, flipped=i in fn.flipped) for i, o in enumerate(outputs))
 
@@ -241,14 +249,23 @@ def register(
     body: Any,
     batch: Any,
 ) -> None:
-    """Gives a primitive its shapes, its batching and, per platform, its body: a function with a `platform` argument."""
+    """Gives a primitive its shapes, its batching and, per platform, its body.
+
+    The body is a function of the operands, `platform`, `exported` (by `jax.export`) and the parameters.
+    """
     primitive.def_abstract_eval(abstract)
     here = lambda: {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    eager = jax.jit(lambda *args, params: body(*args, platform=here(), **dict(params)), static_argnames="params")
+    run = lambda *args, params: body(*args, platform=here(), exported=False, **dict(params))
+    eager = jax.jit(run, static_argnames="params")
     primitive.def_impl(lambda *args, **params: eager(*args, params=tuple(params.items())))
     batching.primitive_batchers[primitive] = batch
     for platform in (None, *PLATFORMS):
-        lower = mlir.lower_fun(partial(body, platform=platform or "other"), multiple_results=True)
+
+        def lower(ctx: Any, *args: Any, platform: str | None = platform, **params: Any) -> Any:
+            exported = ctx.module_context.lowering_parameters.for_export
+            bound = partial(body, platform=platform or "other", exported=exported)
+            return mlir.lower_fun(bound, multiple_results=True)(ctx, *args, **params)
+
         mlir.register_lowering(primitive, lower, platform=platform)
 
 

@@ -47,8 +47,9 @@ def _outputs(problem: Problem, rows: int) -> list[Any]:
     return [ShapedArray(out, jnp.dtype(problem.dtype)), *[ShapedArray(row, problem.accumulate)] * rows]
 
 
-def _attention(*operands: Array, platform: str, problem: Problem) -> list[Array]:
-    return list(choose(problem, platform, "forward").kernel.forward(problem, list(operands), platform))
+def _attention(*operands: Array, platform: str, exported: bool, problem: Problem) -> list[Array]:
+    kernel = choose(problem, list(operands), platform, "forward", exported=exported).kernel
+    return list(kernel.forward(problem, list(operands), platform))
 
 
 def _attention_jvp(primals: list, tangents: list, *, problem: Problem) -> Any:
@@ -68,11 +69,13 @@ def _attention_batch(operands: list, dims: list, *, problem: Problem) -> Any:
     return attention_p.bind(*operands, problem=problem.with_batch(size)), [0, 0, 0]
 
 
-def _tangent(*args: Array, platform: str, problem: Problem, moved: tuple[int, ...]) -> list[Array]:
+def _tangent(
+    *args: Array, platform: str, exported: bool, problem: Problem, moved: tuple[int, ...]
+) -> list[Array]:
     """Operands, rows, and the tangents of the operands in `moved`."""
     count = problem.program.count
-    kernel = choose(problem, platform, "tangent").kernel
     operands, rows, tangents = list(args[:count]), Rows(*args[count : count + 3]), list(args[count + 3 :])
+    kernel = choose(problem, operands, platform, "tangent", exported=exported).kernel
     return list(kernel.tangent(problem, operands, rows, moved, tangents))
 
 
@@ -104,11 +107,12 @@ def _tangent_batch(args: list, dims: list, *, problem: Problem, moved: tuple[int
     return tangent_p.bind(*args, problem=problem.with_batch(size), moved=moved), [0, 0]
 
 
-def _backward(*args: Array, platform: str, problem: Problem, wanted: Wanted) -> list[Array]:
+def _backward(*args: Array, platform: str, exported: bool, problem: Problem, wanted: Wanted) -> list[Array]:
     """Operands, rows, and the cotangents of out and lse; gives float32 (float64) gradients."""
     count = problem.program.count
-    kernel = choose(problem, platform, "backward").kernel
-    made = kernel.backward(problem, list(args[:count]), Rows(*args[count : count + 3]), *args[count + 3 :], wanted)
+    operands = list(args[:count])
+    kernel = choose(problem, operands, platform, "backward", exported=exported).kernel
+    made = kernel.backward(problem, operands, Rows(*args[count : count + 3]), *args[count + 3 :], wanted)
     return [x.astype(problem.accumulate) for x in made]
 
 
@@ -158,7 +162,7 @@ def _derivative(body: Any, primals: list, tangents: list) -> list[Array]:
         args = list(primals)
         for i, x in zip(moved, some, strict=True):
             args[i] = x
-        return body(*args, platform="")
+        return body(*args, platform="", exported=False)
 
     return list(push(moving, [primals[i] for i in moved], [tangents[i] for i in moved]))
 

@@ -19,9 +19,13 @@ from attnjax.core.walk import push
 Array = jax.Array
 
 
-def unsupported(problem: Problem, platform: str) -> str | None:
+def unsupported(problem: Problem, operands: list[Any], platform: str, part: str) -> str | None:
     """A reason why this implementation cannot take the problem, or `None`."""
     return None if problem.config is None else "reference has no config: leave config out"
+
+
+def blocks(problem: Problem, platform: str) -> None:
+    """There are none: the whole T x S matrix at once."""
 
 
 def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:

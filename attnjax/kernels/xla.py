@@ -14,10 +14,20 @@ import jax
 import jax.numpy as jnp
 
 from attnjax.core.program import Problem, Program
-from attnjax.core.softmax import Rows, add_sinks, finite, first_max, inverse, merge_max
+from attnjax.core.softmax import (
+    Rows,
+    add_sinks,
+    finite,
+    first_max,
+    inverse,
+    merge_max,
+    row_delta,
+    sink_gradient,
+    sink_weight,
+)
 from attnjax.core.sweep import product_type, sweep
 from attnjax.core.walk import Output, Visit, Walk, level, push
-from attnjax.tuning import choose_blocks
+from attnjax.tuning import Blocks, choose_blocks
 
 Array = jax.Array
 
@@ -43,9 +53,14 @@ class Config:
                 raise ValueError(f"Config: {field.name} must be an integer of at least 1 or None, got {value!r}.")
 
 
-def unsupported(problem: Problem, platform: str) -> str | None:
-    """A reason why this implementation cannot take the problem, or `None`: it takes everything."""
-    return None
+def unsupported(problem: Problem, operands: list[Any], platform: str, part: str) -> str | None:
+    """A reason why this implementation cannot take the problem, or `None`: it takes everything but foreign configs."""
+    return None if isinstance(problem.config, Config | None) or part == "tangent" else "config is not one of xla"
+
+
+def blocks(problem: Problem, platform: str) -> Blocks:
+    """The tiles."""
+    return choose_blocks(problem, platform)
 
 
 def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
@@ -141,7 +156,7 @@ def tangent(
         d_out, d_lse = d_out * inverse(rows.total)[..., None], d_lse * inverse(rows.total)
     if program.sinks and 3 in moved:
         d_sinks = tangents[moved.index(3)].astype(accumulate)
-        d_lse = d_lse + _sink_weight(program, operands, rows) * d_sinks[..., None, :]
+        d_lse = d_lse + sink_weight(operands[3], rows) * d_sinks[..., None, :]
     return (d_out - d_lse[..., None] * rows.out.astype(accumulate)).astype(problem.dtype), d_lse
 
 
@@ -156,7 +171,7 @@ def backward(
     """Gradients of the operands in `wanted`: pairs of position and shape (batch axes of size 1 are summed over)."""
     program, accumulate = problem.program, problem.accumulate
     ct_out = ct_out.astype(accumulate)
-    delta = (ct_out * rows.out.astype(accumulate)).sum(-1) - ct_lse
+    delta = row_delta(rows, ct_out, ct_lse)
     inner = tuple((i, shape) for i, shape in wanted if not (program.sinks and i == 3))
     made = {}
     if inner:
@@ -171,11 +186,7 @@ def backward(
         made = {i: g for (i, _), g in zip(inner, gradients, strict=True)}
     for i, shape in wanted:
         if i not in made:
-            gradient = (-_sink_weight(program, operands, rows) * delta).sum(-2)
-            made[i] = gradient.sum(
-                tuple(a for a, (x, y) in enumerate(zip(gradient.shape, shape, strict=True)) if x != y),
-                keepdims=True,
-            )
+            made[i] = sink_gradient(operands[3], rows, delta, shape)
     return [made[i] for i, _ in wanted]
 
 
@@ -359,10 +370,3 @@ def _rows(part: Array) -> Array:
 def _columns(part: Array) -> Array:
     """Tile form of an array by key, without the axes of the query: [*lanes, K, s, *]."""
     return part[..., 0, 0, :, :]
-
-
-def _sink_weight(program: Program, operands: list[Array], rows: Rows) -> Array:
-    """The share of the softmax that each sink takes, [*batch, T, N]."""
-    sinks = program.sinks_of(operands)
-    assert sinks is not None
-    return jnp.exp(sinks.astype(rows.total.dtype)[..., None, :] - finite(rows.highest)) * inverse(rows.total)

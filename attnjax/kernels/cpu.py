@@ -1,0 +1,375 @@
+"""implementation="cpu": the compiled kernel for CPUs (`native/`, C++), the fastest there. Forward and backward.
+
+Here a problem is put into the kernel's words: the mask as comparisons of numbers by key and by query (`core.sides`), the
+scores as arrays. The library is loaded when the first program is compiled for a CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnjax.core.node import is_array
+from attnjax.core.program import Problem
+from attnjax.core.sides import Combined, Comparison, NotSeparable, Pairs, Rule, separate
+from attnjax.core.softmax import Rows, row_delta, sink_gradient
+from attnjax.core.tiles import Sizes, Tile, tile_form
+from attnjax.scores import Bias, Score, SoftCap
+from attnjax.tuning import Blocks
+
+Array = jax.Array
+
+PARTS = ("forward", "backward")
+_BLOCKS = (64, 128)  # of the block map: a panel of queries with 512-bit vectors, a tile of keys
+_MOST_SIZE = 512  # of heads
+_MOST_BITS = 2**24  # bytes: masks that do not come apart are packed, a bit per pair, while that is small
+# What the kernel has room for, and the codes of its steps: see native/call.h.
+_MOST_STEPS, _MOST_COMPARISONS, _MOST_ARRAYS, _MOST_SCORES, _MOST_DEPTH = 64, 24, 4, 6, 8
+_MASK_STEPS = ("less_equal", "less", "equal", "greater_equal", "greater", "dense", "bits", "both", "either", "negate")
+_SCORE_STEPS = ("soft_cap", "bias", "by_distance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How the kernel runs. `None` chooses.
+
+    Attributes:
+      isa: the instruction set, one of `instruction_sets()`; default: the fastest that the processor has.
+      threads: at most so many; default: all of XLA's. The results are the same to the last bit.
+    """
+
+    isa: str | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.isa is not None and self.isa not in instruction_sets():
+            have = ", ".join(instruction_sets()) or f"none: {missing()}"
+            raise ValueError(f"Config: isa must be one of those that this processor can run ({have}), got {self.isa!r}.")
+        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+            raise ValueError(f"Config: threads must be an integer of at least 1 or None, got {self.threads!r}.")
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those that the kernel was compiled for and this processor can run, the fastest first; empty without the kernel."""
+    library = _library()
+    return () if isinstance(library, str) else tuple(library.attnjax_instruction_sets().decode().split(","))
+
+
+def missing() -> str | None:
+    """Why the compiled kernel cannot be used here, or `None`."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def unsupported(problem: Problem, operands: list[Any], platform: str, part: str) -> str | None:
+    """A reason why this implementation cannot take a part of the problem, or `None`."""
+    if platform != "cpu":
+        return f"runs on CPUs only, not on {platform}"
+    if part not in PARTS:
+        return "has forward and backward; other derivatives are those of the tiled code"
+    if problem.config is not None and not isinstance(problem.config, Config):
+        return "config asks for tiles of xla"
+    if max(problem.head_size, problem.value_size) > _MOST_SIZE:
+        return f"takes head sizes up to {_MOST_SIZE}"
+    reason = _unsupported_scores(problem, operands) or missing()
+    if reason is None and problem.program.mask:
+        reason = _unsupported_mask(problem, operands)
+    return reason
+
+
+def blocks(problem: Problem, platform: str) -> Blocks:
+    """The blocks that are visited or skipped."""
+    block_q, block_k = problem.blocks or _BLOCKS
+    return Blocks(block_q, block_k, (1,) * len(problem.sizes.batch), 1)
+
+
+def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
+    """About how much memory each part needs beside its arguments and results: tiles per thread, and rows."""
+    size, item = problem.head_size + problem.value_size, problem.accumulate.itemsize
+    threads = getattr(problem.config, "threads", None) or os.cpu_count() or 1
+    rows = math.prod(problem.out_shapes()[1]) * item
+    return {
+        "forward": threads * (2**18 + 256 * size * item),
+        "backward": threads * (2**18 + 1600 * size * item) + 2 * rows,
+    }
+
+
+def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
+    """The output, and highest and total of the softmax, all in operand form."""
+    call = _Call(problem, operands)
+    out, rows = problem.out_shapes()
+    results = [jax.ShapeDtypeStruct(out, problem.dtype), *[jax.ShapeDtypeStruct(rows, problem.accumulate)] * 2]
+    return Rows(*_run("forward", call.operands, results, call.attributes))
+
+
+def backward(
+    problem: Problem,
+    operands: list[Array],
+    rows: Rows,
+    ct_out: Array,
+    ct_lse: Array,
+    wanted: tuple[tuple[int, tuple[int, ...]], ...],
+) -> list[Array]:
+    """Gradients of the operands in `wanted`: pairs of position and shape (batch axes of size 1 are summed over)."""
+    call = _Call(problem, operands)
+    shapes, made = dict(wanted), {}
+    delta = row_delta(rows, ct_out, ct_lse)
+    if problem.program.sinks and 3 in shapes:
+        made[3] = sink_gradient(operands[3], rows, delta, shapes[3])
+    first_three = {i: (*problem.sizes.batch, *operands[i].shape[-3:]) for i in range(3) if i in shapes}
+    scores = {n: score.gradient_shape(shapes) for n, score in enumerate(call.scores) if score.wanted(shapes)}
+    flags = [i in first_three for i in range(3)] + [n in scores for n in range(len(call.scores))]
+    if any(flags):
+        results = [jax.ShapeDtypeStruct(s, problem.accumulate) for s in (*first_three.values(), *scores.values())]
+        given = [rows.highest, rows.total, ct_out.astype(problem.dtype), delta]
+        attributes = call.attributes | {"wanted": np.array(flags, np.int64)}
+        gradients = iter(_run("backward", [*call.operands, *given], results, attributes))
+        for i in first_three:
+            made[i] = _summed(next(gradients), shapes[i])
+        for n in scores:
+            made.update(call.scores[n].pulled(next(gradients), shapes))
+    return [made[i] for i, _ in wanted]
+
+
+class _Call:
+    """The operands of the kernel and its attributes, without those that only the backward has."""
+
+    def __init__(self, problem: Problem, operands: list[Any]):
+        program, sizes = problem.program, problem.sizes
+        self.operands: list[Any] = list(operands[:3])
+        if program.sinks:
+            self.operands.append(operands[3].astype(problem.accumulate))
+        if program.dropout:
+            self.operands.append(operands[3 + program.sinks].astype(jnp.uint32))
+        steps, arrays = [], []
+        if program.mask:
+            steps, arrays = _flattened(separate(program.mask_of(operands), sizes))
+        self.operands += [jnp.asarray(x) for x in arrays]
+        tiles = blocks(problem, "cpu")
+        if program.mask:
+            self.operands.append(jnp.asarray(problem.kinds(operands, tiles.block_q, tiles.block_k)))
+        self.scores = _scores(problem, operands)
+        self.operands += [score.array for score in self.scores if score.array is not None]
+        config = problem.config or Config()
+        self.attributes = {
+            "batch": np.array(sizes.batch, np.int64),
+            "mapped": np.int64(sizes.mapped),
+            "scale": np.float64(program.scale),
+            "dropout": np.float64(program.dropout),
+            "sinks": np.int64(program.sinks),
+            "mask": np.array([_MASK_STEPS.index(step) for step in steps], np.int64),
+            "blocks": np.array((tiles.block_q, tiles.block_k) if program.mask else (), np.int64),
+            "scores": np.array([_SCORE_STEPS.index(score.step) for score in self.scores], np.int64),
+            "caps": np.array([score.cap for score in self.scores], np.float64),
+            "isa": config.isa or "",
+            "threads": np.int64(config.threads or 0),
+        }
+
+
+def _flattened(rule: Rule) -> tuple[list[str], list[Any]]:
+    """A rule as steps in postfix order, and the arrays they read."""
+    if isinstance(rule, Comparison):
+        return [rule.operator], [rule.keys, rule.queries]
+    if isinstance(rule, Pairs):
+        return (["dense"], [rule.array]) if rule.given else (["bits"], [_packed(rule.array)])
+    assert isinstance(rule, Combined)
+    steps, arrays = [], []
+    for part in rule.rules:
+        more_steps, more_arrays = _flattened(part)
+        steps += more_steps
+        arrays += more_arrays
+    return [*steps, *[rule.operator] * max(1, len(rule.rules) - 1)], arrays
+
+
+def _depth(rule: Rule) -> int:
+    """How many values the kernel holds at most while it evaluates the rule."""
+    if not isinstance(rule, Combined):
+        return 1
+    return max(n + _depth(part) for n, part in enumerate(rule.rules))
+
+
+def _packed(seen: Array) -> Array:
+    """Booleans [..., S] as bits, the first key lowest: uint8 [..., S / 8]."""
+    short = -seen.shape[-1] % 8
+    seen = jnp.pad(seen, [(0, 0)] * (seen.ndim - 1) + [(0, short)]).reshape(*seen.shape[:-1], -1, 8)
+    return (seen.astype(jnp.uint8) << np.arange(8, dtype=np.uint8)).sum(-1, dtype=jnp.uint8)
+
+
+def _unsupported_mask(problem: Problem, operands: list[Any]) -> str | None:
+    found: list[Rule] = []
+
+    def steps(operands: list[Any]) -> list[Any]:
+        found.append(separate(problem.program.mask_of(operands), problem.sizes))
+        return _flattened(found[0])[1]
+
+    try:
+        arrays = jax.eval_shape(steps, list(operands))
+    except NotSeparable as reason:
+        return f"cannot take this mask: {reason}"
+    names = _flattened_names(found[0])
+    bits = sum(math.prod(a.shape) for a in arrays if a.dtype == np.uint8)
+    if bits > _MOST_BITS:
+        return f"would pack this mask into {bits / 2**20:.0f} MiB, more than {_MOST_BITS // 2**20} MiB"
+    dense = sum(name in ("dense", "bits") for name in names)
+    comparisons = sum(name in _MASK_STEPS[:5] for name in names)
+    too_many = comparisons > _MOST_COMPARISONS or dense > _MOST_ARRAYS or len(names) > _MOST_STEPS
+    if too_many or _depth(found[0]) > _MOST_DEPTH:
+        return "cannot take a mask of so many parts"
+    return None
+
+
+def _flattened_names(rule: Rule) -> list[str]:
+    if isinstance(rule, Comparison):
+        return [rule.operator]
+    if isinstance(rule, Pairs):
+        return ["dense" if rule.given else "bits"]
+    assert isinstance(rule, Combined)
+    return [name for part in rule.rules for name in _flattened_names(part)] + [rule.operator]
+
+
+@dataclasses.dataclass(frozen=True)
+class _ScoreStep:
+    """A score as the kernel takes it.
+
+    Attributes:
+      step: one of `_SCORE_STEPS`; cap: of a soft cap; array: what is added, if anything.
+      position: of the score's first operand; node: the score, its leaves in operand form.
+    """
+
+    problem: Problem
+    step: str
+    node: Score
+    position: int
+    cap: float = 0.0
+    array: Any = None
+
+    def _positions(self) -> range:
+        return range(self.position, self.position + len(jax.tree.leaves(self.node)))
+
+    def wanted(self, shapes: dict[int, tuple[int, ...]]) -> bool:
+        return any(i in shapes for i in self._positions())
+
+    def gradient_shape(self, shapes: dict[int, tuple[int, ...]]) -> tuple[int, ...]:
+        """What the kernel gives: by query and key of the wanted shape, else for every batch entry and head."""
+        sizes = self.problem.sizes
+        if self.step == "by_distance":
+            return (*sizes.batch, sizes.heads, _distances(sizes))
+        queries, keys = self._axes()
+        if queries and keys:
+            return shapes[self.position]
+        return (*sizes.batch, sizes.heads, sizes.key_length if keys else sizes.query_length)
+
+    def _axes(self) -> tuple[bool, bool]:
+        """Whether a bias has an axis of queries, and one of keys."""
+        sizes = self.problem.sizes
+        return self.array.shape[-2] == sizes.query_length, self.array.shape[-1] == sizes.key_length
+
+    def pulled(self, gradient: Array, shapes: dict[int, tuple[int, ...]]) -> dict[int, Array]:
+        """Gradients of the score's operands from what the kernel gave."""
+        if self.step == "bias":
+            queries, keys = self._axes()
+            if not (queries and keys):
+                gradient = gradient[..., None, :] if keys else gradient[..., None]
+            return {self.position: _summed(gradient, shapes[self.position])}
+        leaves, structure = jax.tree.flatten(self.node)
+        moved = [n for n, i in enumerate(self._positions()) if i in shapes]
+        # A leaf that all batch entries share gets a gradient for each, where that is wanted.
+        n = len(self.problem.sizes.batch)
+        wide = [jnp.broadcast_to(leaves[m], (*shapes[self.position + m][:n], *leaves[m].shape[n:])) for m in moved]
+
+        def vector(*some: Array) -> Array:
+            own = list(leaves)
+            for m, leaf in zip(moved, some, strict=True):
+                own[m] = leaf
+            return _by_distance(self.problem, jax.tree.unflatten(structure, own))
+
+        made, pull = jax.vjp(vector, *wide)
+        return {self.position + m: x for m, x in zip(moved, pull(_summed(gradient, made.shape)), strict=True)}
+
+
+def _scores(problem: Problem, operands: list[Any]) -> list[_ScoreStep]:
+    """The scores in their order."""
+    steps, position = [], next(iter(problem.program.score_positions()), 0)
+    for structure in problem.program.scores:
+        node = jax.tree.unflatten(structure, operands[position : position + structure.num_leaves])
+        if isinstance(node, SoftCap):
+            steps.append(_ScoreStep(problem, "soft_cap", node, position, cap=float(node.cap)))
+        elif isinstance(node, Bias):
+            steps.append(_ScoreStep(problem, "bias", node, position, array=node.array))
+        else:
+            steps.append(_ScoreStep(problem, "by_distance", node, position, array=_by_distance(problem, node)))
+        position += structure.num_leaves
+    return steps
+
+
+def _unsupported_scores(problem: Problem, operands: list[Any]) -> str | None:
+    program = problem.program
+    position, caps = next(iter(program.score_positions()), 0), 0
+    for structure in program.scores:
+        node = jax.tree.unflatten(structure, operands[position : position + structure.num_leaves])
+        position += structure.num_leaves
+        if isinstance(node, SoftCap):
+            caps += 1
+            if is_array(node.cap):
+                return "takes soft caps that are Python numbers, not arrays"
+        elif not isinstance(node, Bias) and not node.by_distance:
+            return f"cannot run {type(node).__name__}, a function of JAX, inside its loops"
+    if caps > 1:
+        return "takes one soft cap at most"
+    return f"takes {_MOST_SCORES} scores at most" if len(program.scores) > _MOST_SCORES else None
+
+
+def _distances(sizes: Sizes) -> int:
+    return max(sizes.query_length + sizes.key_length - 1, 0)
+
+
+def _by_distance(problem: Problem, node: Score) -> Array:
+    """What a score adds, by t - s + S - 1: [*batch or 1, N, T + S - 1]. The score itself is asked, with one query."""
+    sizes = problem.sizes
+    n = len(sizes.batch)
+    leaves = [
+        tile_form(leaf, axes, n, sizes.group) if is_array(leaf) else leaf for _, leaf, axes in node.operands()
+    ]
+    lanes = tuple(max((leaf.shape[i] for leaf in leaves), default=1) for i in range(n))
+    spans = (0, sizes.key_heads), (0, 1), (1 - sizes.query_length, _distances(sizes))
+    one = dataclasses.replace(sizes, batch=lanes)
+    tile = Tile(one, np.zeros((1,) * n, np.int32), lanes, *spans)
+    node = jax.tree.unflatten(jax.tree.structure(node), leaves)
+    added = node.evaluate(jnp.zeros(tile.shape, problem.accumulate), tile)
+    return jnp.flip(added.reshape(*lanes, sizes.heads, -1), -1)
+
+
+def _summed(x: Array, shape: tuple[int, ...]) -> Array:
+    """Summed over the axes that have size 1 in `shape`."""
+    axes = tuple(i for i, (have, want) in enumerate(zip(x.shape, shape, strict=True)) if have != want)
+    return x.sum(axes, keepdims=True) if axes else x
+
+
+def _run(name: str, operands: list[Any], results: list[Any], attributes: dict[str, Any]) -> list[Array]:
+    return list(jax.ffi.ffi_call(f"attnjax_{name}", results)(*operands, **attributes))
+
+
+@functools.cache
+def _library() -> Any:
+    """The library, its functions registered with XLA; or the reason why there is none."""
+    path = pathlib.Path(__file__).parent / "native" / "libattnjax_cpu.so"
+    if not path.exists():
+        return "the compiled kernel was not built: install attnjax where there is a C++17 compiler"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the compiled kernel cannot be loaded: {error}"
+    library.attnjax_instruction_sets.restype = ctypes.c_char_p
+    for part in PARTS:
+        target = jax.ffi.pycapsule(getattr(library, f"attnjax_{part}"))
+        jax.ffi.register_ffi_target(f"attnjax_{part}", target, platform="cpu")
+    return library

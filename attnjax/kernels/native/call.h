@@ -1,0 +1,120 @@
+// What a kernel is asked to do: sizes, pointers and the small programs of mask and scores, checked and in plain types.
+// `module.cc` fills it in from XLA's call frame; `attention.cc` reads it. No code of any instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace attnjax {
+
+enum class Type : int { f32, f64, bf16, f16, u8 };
+
+// Inlined always: what the linker finds twice it keeps once, perhaps compiled for another instruction set.
+#define ATTNJAX_INLINE inline __attribute__((always_inline))
+
+ATTNJAX_INLINE int64_t size_of(Type type) {
+  return type == Type::f64 ? 8 : type == Type::f32 ? 4 : type == Type::u8 ? 1 : 2;
+}
+
+// An array with batch axes of which some may have size 1. `lanes[b]` is where batch entry b starts, in elements.
+struct Array {
+  void* data = nullptr;
+  Type type = Type::f32;
+  const int64_t* lanes = nullptr;
+
+  ATTNJAX_INLINE char* at(int64_t lane, int64_t element) const {
+    return static_cast<char*>(data) + (lanes[lane] + element) * size_of(type);
+  }
+};
+
+// Steps of the mask's program, in postfix order. A comparison reads the next two arrays, int32 by key and by query;
+// `dense` and `bits` the next one, bytes or bits by query and key, with an axis of heads.
+enum class MaskStep : int64_t { less_equal, less, equal, greater_equal, greater, dense, bits, both, either, negate };
+
+// How one score changes a logit.
+enum class ScoreStep : int64_t { soft_cap, bias, by_distance };
+
+struct Comparison {
+  MaskStep step;
+  Array keys, queries;  // int32 [lanes or 1, S] and [lanes or 1, T]
+};
+
+// An array [lanes, N or 1, T or 1, S or 1]; or, by distance t - s + S - 1, [lanes, N or 1, T + S - 1].
+struct Pairs {
+  Array array;
+  int64_t head = 0, query = 0, key = 0;  // strides in elements, 0 for an axis of size 1
+};
+
+struct Score {
+  ScoreStep step;
+  double cap = 0;
+  Pairs pairs;
+  // In the accumulation type, null where not wanted: by query and key where the score has both, at `gradient_pairs`; else
+  // of every lane and head, [lanes, N, T], [lanes, N, S] or [lanes, N, T + S - 1].
+  void* gradient = nullptr;
+  Pairs gradient_pairs;
+  int64_t gradient_size = 0;
+  bool shared = false;  // several heads add to the same gradient by query and key
+};
+
+constexpr int kMaxSteps = 64, kMaxComparisons = 24, kMaxDense = 4, kMaxScores = 6;
+
+struct Call {
+  int64_t lanes, queries, keys, heads, key_heads, head_size, value_size;
+  bool wide;  // accumulate in float64
+  double scale, dropout;
+  Array query, key, value;
+  Array sinks;  // [lanes, N], in the accumulation type; no data where there are none
+  const uint32_t* seeds = nullptr;    // by lane
+  const uint32_t* entries = nullptr;  // number of the batch entry for dropout, by lane
+
+  int steps = 0, comparisons = 0, denses = 0, scores = 0;
+  MaskStep mask[kMaxSteps];
+  Comparison comparison[kMaxComparisons];
+  Pairs dense[kMaxDense];
+  Score score[kMaxScores];
+
+  // The block map: 0 empty, 1 partial, 2 full. No data where every block is full.
+  Array kinds;
+  int64_t block_q = 1, block_k = 1, blocks_q = 0, blocks_k = 0;
+  bool kinds_by_head = false;
+
+  // Results and, for the backward, what the forward gave. [lanes, T, N(, V)], contiguous.
+  void* out = nullptr;
+  void* highest = nullptr;
+  void* total = nullptr;
+  const int64_t* rows = nullptr;  // where batch entry b of the output starts, in elements
+  const void* d_out = nullptr;  // in the query's type
+  const void* delta = nullptr;
+  void* d_query = nullptr;  // accumulation type; null where not wanted
+  void* d_key = nullptr;
+  void* d_value = nullptr;
+};
+
+// Threads and memory, from `module.cc`. Plain pointers, because templates of the standard library would be compiled once
+// per instruction set and merged by the linker.
+struct Run {
+  void* state;
+  // work(data, task) for every task below `count`, started in increasing order, on the threads there are.
+  void (*start)(void* state, int64_t count, void (*work)(void* data, int64_t task), void* data);
+  // Memory of this thread, aligned to 64 bytes, kept until its next request. Not zeroed.
+  void* (*scratch)(int64_t bytes);
+  // Memory for all threads, not zeroed.
+  void* (*reserve)(int64_t bytes);
+  void (*release)(void* memory);
+  // Lets another thread go on while this one waits.
+  void (*yield)();
+};
+
+template <class F>
+void for_each(const Run& run, int64_t count, const F& work) {
+  run.start(
+      run.state, count, [](void* data, int64_t task) { (*static_cast<const F*>(data))(task); }, const_cast<F*>(&work));
+}
+
+struct Kernels {
+  const char* name;
+  void (*forward)(const Call&, const Run&);
+  void (*backward)(const Call&, const Run&);
+};
+
+}  // namespace attnjax

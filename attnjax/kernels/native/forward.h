@@ -1,0 +1,248 @@
+// The forward: softmax(logits) values, a task for some panels of one key/value head, passing over its keys once.
+#pragma once
+
+#include "panel.h"
+
+namespace attnjax::ATTNJAX_ISA {
+
+template <class A>
+class Forward {
+  static constexpr int L = kLanes<A>, W = kWidth<A>;
+  using V = Vector<A>;
+
+  // What a panel has summed so far.
+  struct State {
+    Panel<A> panel;
+    A* query;  // [H][lane], scaled
+    A* out;    // [V][lane]
+    bool started;
+    alignas(64) A highest[L], total[L];
+  };
+
+ public:
+  static void run(const Call& c, const Run& run) {
+    const int64_t rows = c.queries * (c.heads / c.key_heads);
+    const int64_t each = (c.head_size + c.value_size) * L * static_cast<int64_t>(sizeof(A));
+    const int64_t panels = least(divide_up(rows, L), most(1, least(256 / L, (1 << 18) / each)));
+    const int64_t blocks = divide_up(rows, panels * L), heads = c.lanes * c.key_heads;
+    for_each(run, heads * blocks, [&](int64_t task) {
+      int64_t head = task % heads, block = blocks - 1 - task / heads;  // under a causal mask the last ones see the most
+      int64_t first = block * panels * L;
+      Forward(c, run, panels).block(head / c.key_heads, head % c.key_heads, first, least(rows, first + panels * L));
+    });
+  }
+
+ private:
+  Forward(const Call& c, const Run& run, int64_t panels) : Forward(c, run.scratch(bytes(c, panels)), panels) {}
+
+  Forward(const Call& c, void* memory, int64_t panels)
+      : c_(c),
+        arena_(memory),
+        states_(arena_.take<State>(panels)),
+        key_(arena_.take<A>(kKeys * c.head_size)),
+        value_(arena_.take<A>(kKeys * c.value_size)),
+        clean_(arena_.take<A>(kKeys * c.value_size)),
+        weights_(arena_.take<A>(kKeys * L)),
+        seen_(arena_),
+        buffer_(c, arena_) {
+    for (int64_t p = 0; p < panels; p++) {
+      states_[p].query = arena_.take<A>(c.head_size * L);
+      states_[p].out = arena_.take<A>(c.value_size * L);
+    }
+  }
+
+  static int64_t bytes(const Call& c, int64_t panels) {
+    int64_t tiles = kKeys * (c.head_size + 2 * c.value_size) + kKeys * L * (3 + c.denses);
+    int64_t each = (c.head_size + c.value_size) * L;
+    return (tiles + panels * each) * static_cast<int64_t>(sizeof(A)) + panels * static_cast<int64_t>(sizeof(State)) + 8192;
+  }
+
+  void block(int64_t lane, int64_t kv, int64_t first, int64_t end) {
+    int count = 0;
+    for (int64_t row = first; row < end; row += L) start(states_[count++], lane, kv, row);
+    for (int64_t key = 0; key < c_.keys; key += kKeys) {
+      const int64_t keys = least(kKeys, c_.keys - key);
+      bool fetched = false;
+      for (int p = 0; p < count; p++) {
+        State& state = states_[p];
+        int kind = kind_of(c_, state.panel, key, key + keys);
+        if (!kind) continue;
+        if (!fetched) {
+          fetch_keys(key_, c_.head_size, c_, c_.key, lane, kv, key, keys, c_.head_size);
+          fetch_keys(value_, c_.value_size, c_, c_.value, lane, kv, key, keys, c_.value_size);
+          fetched = true;
+        }
+        tile(state, key, static_cast<int>(keys), kind == 1);
+      }
+    }
+    for (int p = 0; p < count; p++) finish(states_[p]);
+  }
+
+  void start(State& state, int64_t lane, int64_t kv, int64_t row) {
+    state.panel.place(c_, lane, kv, row);
+    state.started = false;
+    char* rows[L];
+    state.panel.rows_of(c_.query, c_.heads, c_.head_size, rows);
+    rows_to_lanes<A>(state.query, rows, c_.query.type, c_.head_size, state.panel.vectors);
+    V scale = splat<A>(static_cast<A>(c_.scale));
+    for (int64_t d = 0; d < c_.head_size; d++)
+      for (int v = 0; v < state.panel.vectors; v++) {
+        A* at = state.query + d * L + v * W;
+        store(at, load(at) * scale);
+      }
+    for (int v = 0; v < kTileVectors; v++) {
+      store(state.highest + v * W, splat<A>(-static_cast<A>(__builtin_inf())));
+      store(state.total + v * W, V{});
+    }
+  }
+
+  // Takes in the keys [key, key + keys).
+  void tile(State& state, int64_t key, int keys, bool masked) {
+    const Panel<A>& panel = state.panel;
+    const int vectors = panel.vectors;
+    int low = 0, high = keys;
+    if (masked) {
+      see(c_, panel, key, keys, buffer_, seen_);
+      low = seen_.low, high = seen_.high;
+      if (low >= high) return;
+    }
+    V highest[kTileVectors], before[kTileVectors];
+    for (int v = 0; v < vectors; v++) before[v] = highest[v] = load(state.highest + v * W);
+    A* weights = weights_ + low * L;
+    const A* keys_from = key_ + low * c_.head_size;
+    if (!masked && !c_.scores) {
+      product<A, false>(
+          keys_from, c_.head_size, state.query, L, c_.head_size, high - low, vectors, [](int, int) { return V{}; },
+          [&](int m, int n, V sum) {
+            store(weights + m * L + n * W, sum);
+            highest[n] = larger<A>(sum, highest[n]);
+          });
+    } else {
+      set_product<A, false>(weights, L, keys_from, c_.head_size, state.query, L, c_.head_size, high - low, vectors);
+      if (c_.scores) modify<A>(c_, panel, key, low, high, weights_, nullptr, buffer_);
+      const V hidden = splat<A>(-static_cast<A>(__builtin_inf()));
+      for (int j = low; j < high; j++)
+        for (int v = 0; v < vectors; v++) {
+          V x = load(weights_ + j * L + v * W);
+          if (masked) {
+            x = load(seen_.visible + j * L + v * W) ? x : hidden;
+            store(weights_ + j * L + v * W, x);
+          }
+          highest[v] = larger<A>(x, highest[v]);
+        }
+    }
+    V shrink[kTileVectors];
+    exponentiate(state, low, high, masked || may_forbid(c_), highest, shrink);
+    if (c_.dropout > 0) drop(panel, key, low, high);
+    const A* values = value_;
+    if (masked && seen_.gaps) {
+      copy_kept(clean_, value_, c_.value_size, low, high, seen_.key);
+      values = clean_;
+    }
+    bool moved = false;
+    for (int v = 0; v < vectors; v++) {
+      auto differs = highest[v] != before[v];
+      Integer<A> any = 0;
+      for (int l = 0; l < W; l++) any |= differs[l];
+      moved = moved || any;
+    }
+    A* out = state.out;
+    auto keep = [&](int m, int n, V sum) { store(out + m * L + n * W, sum); };
+    auto sum_values = [&](const auto& from) {
+      product<A, true>(values + low * c_.value_size, c_.value_size, weights, L, high - low,
+                       static_cast<int>(c_.value_size), vectors, from, keep);
+    };
+    if (!state.started)
+      sum_values([](int, int) { return V{}; });
+    else if (moved)
+      sum_values([&](int m, int n) { return load(out + m * L + n * W) * shrink[n]; });
+    else
+      sum_values([&](int m, int n) { return load(out + m * L + n * W); });
+    state.started = true;
+  }
+
+  // Logits to weights exp(logit - highest); the running maximum and total.
+  void exponentiate(State& state, int low, int high, bool forbidden, const V* highest, V* shrink) {
+    const V lowest = splat<A>(-static_cast<A>(__builtin_inf()));
+    for (int v = 0; v < state.panel.vectors; v++) {
+      V base = highest[v] == lowest ? V{} : highest[v];
+      shrink[v] = exponential(load(state.highest + v * W) - base);
+      V total = load(state.total + v * W) * shrink[v];
+      A* at = weights_ + low * L + v * W;
+      if (forbidden) {
+        for (int j = low; j < high; j++, at += L) {
+          V x = load(at);
+          V weight = x == lowest ? V{} : exponential(x - base);
+          total += weight;
+          store(at, weight);
+        }
+      } else {
+        V second = {};
+        int j = low;
+        for (; j + 2 <= high; j += 2, at += 2 * L) {
+          V a = exponential(load(at) - base), b = exponential(load(at + L) - base);
+          total += a;
+          second += b;
+          store(at, a);
+          store(at + L, b);
+        }
+        if (j < high) {
+          V a = exponential(load(at) - base);
+          total += a;
+          store(at, a);
+        }
+        total += second;
+      }
+      store(state.highest + v * W, highest[v]);
+      store(state.total + v * W, total);
+    }
+  }
+
+  void drop(const Panel<A>& panel, int64_t key, int low, int high) {
+    for (int j = low; j < high; j++) {
+      alignas(64) Integer<A> keep[L];
+      kept(c_, panel, key + j, keep);
+      for (int v = 0; v < panel.vectors; v++) {
+        A* at = weights_ + j * L + v * W;
+        store(at, load(keep + v * W) ? load(at) : V{});
+      }
+    }
+  }
+
+  void finish(State& state) {
+    const Panel<A>& panel = state.panel;
+    alignas(64) A factor[L] = {};
+    for (int l = 0; l < panel.rows; l++) {
+      A highest = state.highest[l], total = state.total[l], before = 1;
+      if (c_.sinks.data) {
+        A sink = *reinterpret_cast<const A*>(c_.sinks.at(panel.lane, panel.head[l]));
+        A with = sink > highest ? sink : highest;
+        before = __builtin_exp(highest - with);
+        total = total * before + static_cast<A>(__builtin_exp(sink - with));
+        highest = with;
+      }
+      A kept = static_cast<A>(1 - c_.dropout);
+      factor[l] = total == 0 ? A(0) : before / (total * kept);
+      int64_t row = (panel.lane * c_.queries + panel.t[l]) * c_.heads + panel.head[l];
+      static_cast<A*>(c_.highest)[row] = highest;
+      static_cast<A*>(c_.total)[row] = total;
+    }
+    if (!state.started) std::memset(state.out, 0, c_.value_size * L * sizeof(A));
+    char* rows[L];
+    const int64_t size = size_of(c_.query.type);
+    for (int l = 0; l < L; l++) {
+      int64_t row = (panel.lane * c_.queries + panel.t[l]) * c_.heads + panel.head[l];
+      rows[l] = l < panel.rows ? static_cast<char*>(c_.out) + row * c_.value_size * size : nullptr;
+    }
+    lanes_to_rows<A>(rows, c_.query.type, state.out, factor, c_.value_size, panel.vectors, false);
+  }
+
+  const Call& c_;
+  Arena arena_;
+  State* states_;
+  A *key_, *value_, *clean_, *weights_;
+  Seen<A> seen_;
+  PairsBuffer<A> buffer_;
+};
+
+}  // namespace attnjax::ATTNJAX_ISA

@@ -1,0 +1,312 @@
+// A panel of queries of one key/value head, and what mask, scores and dropout do to its tile of logits, which lies
+// transposed: logits[key][lane]. Lanes are rows r = t * group + g, so the heads of a group share one pass over the keys.
+#pragma once
+
+#include "tile.h"
+
+namespace attnjax::ATTNJAX_ISA {
+
+constexpr int kKeys = 128;  // of a tile: its weights stay in the first-level cache
+constexpr int kMaxDepth = 8;  // of the mask's program
+
+// Memory of a thread, handed out piece by piece.
+class Arena {
+ public:
+  explicit Arena(void* start) : next_(static_cast<char*>(start)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += divide_up(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
+    return piece;
+  }
+  int64_t used(const void* start) const { return next_ - static_cast<const char*>(start); }
+
+ private:
+  char* next_;
+};
+
+inline uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+template <class A>
+struct Panel {
+  static constexpr int L = kLanes<A>;
+  int64_t lane = 0, kv = 0, group = 1;  // batch entry, key/value head
+  int64_t first = 0;                    // row of the first lane
+  int rows = 0, vectors = 0;
+  int64_t t_low = 0, t_high = 0;
+  int64_t t[L], head[L];
+  alignas(64) Integer<A> present[L];
+  alignas(64) Integer<A> query_values[kMaxComparisons][L];
+  alignas(64) uint32_t hash[L];
+
+  void place(const Call& c, int64_t lane_, int64_t kv_, int64_t first_) {
+    lane = lane_, kv = kv_, first = first_;
+    group = c.heads / c.key_heads;
+    rows = static_cast<int>(least(L, c.queries * group - first));
+    vectors = static_cast<int>(divide_up(rows, kWidth<A>));
+    t_low = first / group, t_high = (first + rows - 1) / group;
+    for (int l = 0; l < L; l++) {
+      int64_t row = first + least(l, rows - 1);
+      t[l] = row / group, head[l] = kv * group + row % group;
+      present[l] = l < rows ? -1 : 0;
+    }
+    for (int i = 0; i < c.comparisons; i++) {
+      const int32_t* values = reinterpret_cast<const int32_t*>(c.comparison[i].queries.at(lane, 0));
+      for (int l = 0; l < L; l++) query_values[i][l] = values[t[l]];
+    }
+    if (c.dropout > 0) {
+      uint32_t batch = mix(c.seeds[lane] + c.entries[lane] * 0x9E3779B1u);
+      for (int l = 0; l < L; l++) {
+        uint32_t by_head = mix(batch + static_cast<uint32_t>(head[l]) * 0x85EBCA77u);
+        hash[l] = mix(by_head + static_cast<uint32_t>(t[l]) * 0xC2B2AE3Du);
+      }
+    }
+  }
+
+  // Where the rows of an array [lanes, T, N, columns] lie; null for lanes without a row.
+  void rows_of(const Array& array, int64_t heads, int64_t columns, char** to) const {
+    for (int l = 0; l < L; l++) to[l] = l < rows ? array.at(lane, (t[l] * heads + head[l]) * columns) : nullptr;
+  }
+
+  void rows_of(const Pairs& pairs, int64_t key, char** to) const {
+    for (int l = 0; l < L; l++)
+      to[l] = l < rows ? pairs.array.at(lane, head[l] * pairs.head + t[l] * pairs.query + key * pairs.key) : nullptr;
+  }
+};
+
+// 0 where no block that the rectangle touches is visited, 2 where all of them are full, 1 otherwise.
+template <class A>
+int kind_of(const Call& c, const Panel<A>& panel, int64_t key, int64_t end) {
+  if (!c.kinds.data) return 2;
+  int64_t heads = c.kinds_by_head ? panel.group : 1, first = c.kinds_by_head ? panel.kv * panel.group : 0;
+  bool none = true, all = true;
+  for (int64_t h = first; h < first + heads; h++)
+    for (int64_t i = panel.t_low / c.block_q; i <= panel.t_high / c.block_q; i++) {
+      const char* row = c.kinds.at(panel.lane, (h * c.blocks_q + i) * c.blocks_k);
+      for (int64_t j = key / c.block_k; j <= (end - 1) / c.block_k; j++) {
+        none = none && row[j] == 0;
+        all = all && row[j] == 2;
+      }
+    }
+  return none ? 0 : all ? 2 : 1;
+}
+
+// Which pairs of a tile are visible.
+template <class A>
+struct Seen {
+  int low = 0, high = 0;  // the keys that some row sees lie in [low, high)
+  bool gaps = false;      // and not all of those are seen by some row
+  Integer<A>* visible;    // [key][lane], all bits or none
+  bool key[kKeys];        // seen by some row
+  alignas(64) Integer<A> row[kLanes<A>];  // sees some key
+
+  explicit Seen(Arena& arena) : visible(arena.take<Integer<A>>(kKeys * kLanes<A>)) {}
+};
+
+// Memory for the parts of arrays by query and key that a tile needs.
+template <class A>
+struct PairsBuffer {
+  A* dense[kMaxDense];
+  A* bias;
+  explicit PairsBuffer(const Call& c, Arena& arena) {
+    for (int i = 0; i < c.denses; i++) dense[i] = arena.take<A>(kKeys * kLanes<A>);
+    bias = arena.take<A>(kKeys * kLanes<A>);
+  }
+};
+
+template <class A>
+void fetch_dense(const Call& c, const Panel<A>& panel, int64_t key, int count, PairsBuffer<A>& buffer) {
+  int n = 0;
+  for (int i = 0; i < c.steps; i++) {
+    if (c.mask[i] != MaskStep::dense && c.mask[i] != MaskStep::bits) continue;
+    const Pairs& pairs = c.dense[n];
+    A* to = buffer.dense[n++];
+    char* rows[kLanes<A>];
+    if (c.mask[i] == MaskStep::bits) {  // tiles start at multiples of kKeys: at whole bytes
+      Pairs at_byte = pairs;
+      panel.rows_of(at_byte, key / 8, rows);
+      for (int l = 0; l < panel.vectors * kWidth<A>; l++)
+        for (int j = 0; j < count; j++) {
+          uint8_t byte = rows[l] ? static_cast<uint8_t>(rows[l][j / 8]) : 0;
+          to[j * kLanes<A> + l] = static_cast<A>(byte >> (j % 8) & 1);
+        }
+    } else {
+      panel.rows_of(pairs, key, rows);
+      if (pairs.key) {
+        rows_to_lanes<A>(to, rows, Type::u8, count, panel.vectors);
+      } else {
+        for (int l = 0; l < panel.vectors * kWidth<A>; l++)
+          for (int j = 0; j < count; j++) to[j * kLanes<A> + l] = rows[l] && *rows[l] ? A(1) : A(0);
+      }
+    }
+  }
+}
+
+// Evaluates the mask on the keys [key, key + count) of a partial tile.
+template <class A>
+void see(const Call& c, const Panel<A>& panel, int64_t key, int count, PairsBuffer<A>& buffer, Seen<A>& seen) {
+  using I = Integer<A>;
+  using V = Vector<I>;
+  constexpr int L = kLanes<A>, W = kWidth<A>;
+  fetch_dense(c, panel, key, count, buffer);
+  const int32_t* keys[kMaxComparisons];
+  for (int i = 0; i < c.comparisons; i++)
+    keys[i] = reinterpret_cast<const int32_t*>(c.comparison[i].keys.at(panel.lane, key));
+  V some[kTileVectors] = {};
+  seen.low = count, seen.high = 0;
+  int seen_keys = 0;
+  for (int j = 0; j < count; j++) {
+    V stack[kMaxDepth][kTileVectors];
+    int depth = 0, comparison = 0, dense = 0;
+    for (int i = 0; i < c.steps; i++) {
+      switch (c.mask[i]) {
+        case MaskStep::less_equal:
+        case MaskStep::less:
+        case MaskStep::equal:
+        case MaskStep::greater_equal:
+        case MaskStep::greater: {
+          V k = splat<I>(keys[comparison][j]);
+          for (int v = 0; v < kTileVectors; v++) {
+            V q = load(panel.query_values[comparison] + v * W);
+            switch (c.mask[i]) {
+              case MaskStep::less_equal: stack[depth][v] = k <= q; break;
+              case MaskStep::less: stack[depth][v] = k < q; break;
+              case MaskStep::equal: stack[depth][v] = k == q; break;
+              case MaskStep::greater_equal: stack[depth][v] = k >= q; break;
+              default: stack[depth][v] = k > q; break;
+            }
+          }
+          depth++, comparison++;
+          break;
+        }
+        case MaskStep::dense:
+        case MaskStep::bits:
+          for (int v = 0; v < panel.vectors; v++)
+            stack[depth][v] = load(buffer.dense[dense] + j * L + v * W) != Vector<A>{};
+          for (int v = panel.vectors; v < kTileVectors; v++) stack[depth][v] = V{};
+          depth++, dense++;
+          break;
+        case MaskStep::both:
+          depth--;
+          for (int v = 0; v < kTileVectors; v++) stack[depth - 1][v] &= stack[depth][v];
+          break;
+        case MaskStep::either:
+          depth--;
+          for (int v = 0; v < kTileVectors; v++) stack[depth - 1][v] |= stack[depth][v];
+          break;
+        case MaskStep::negate:
+          for (int v = 0; v < kTileVectors; v++) stack[depth - 1][v] = ~stack[depth - 1][v];
+          break;
+      }
+    }
+    V any = {};
+    for (int v = 0; v < kTileVectors; v++) {
+      V x = stack[0][v] & load(panel.present + v * W);
+      store(seen.visible + j * L + v * W, x);
+      some[v] |= x;
+      any |= x;
+    }
+    I bits = 0;
+    for (int l = 0; l < W; l++) bits |= any[l];
+    seen.key[j] = bits != 0;
+    if (bits) {
+      seen.low = static_cast<int>(least(seen.low, j)), seen.high = j + 1;
+      seen_keys++;
+    }
+  }
+  for (int v = 0; v < kTileVectors; v++) store(seen.row + v * W, some[v]);
+  seen.gaps = seen.high > seen.low && seen_keys < seen.high - seen.low;
+}
+
+// Applies the scores in their order to logits[low..high). `slope`, where it is given, becomes the derivative of the soft
+// cap there.
+template <class A>
+void modify(const Call& c, const Panel<A>& panel, int64_t key, int low, int high, A* logits, A* slope,
+            PairsBuffer<A>& buffer) {
+  using V = Vector<A>;
+  constexpr int L = kLanes<A>, W = kWidth<A>;
+  for (int i = 0; i < c.scores; i++) {
+    const Score& score = c.score[i];
+    if (score.step == ScoreStep::soft_cap) {
+      V cap = splat<A>(static_cast<A>(score.cap)), inverse = splat<A>(static_cast<A>(1 / score.cap));
+      for (int j = low; j < high; j++)
+        for (int v = 0; v < panel.vectors; v++) {
+          A* at = logits + j * L + v * W;
+          V tanh = hyperbolic_tangent<A>(load(at) * inverse);
+          store(at, cap * tanh);
+          if (slope) store(slope + j * L + v * W, splat<A>(1) - tanh * tanh);
+        }
+    } else if (score.step == ScoreStep::bias) {
+      char* rows[L];
+      panel.rows_of(score.pairs, key + low, rows);
+      if (score.pairs.key) {
+        rows_to_lanes<A>(buffer.bias, rows, score.pairs.array.type, high - low, panel.vectors);
+      } else {
+        alignas(64) A values[L] = {};
+        for (int l = 0; l < panel.rows; l++) load_row(values + l, rows[l], score.pairs.array.type, 1);
+        for (int j = 0; j < high - low; j++) std::memcpy(buffer.bias + j * L, values, sizeof(values));
+      }
+      for (int j = low; j < high; j++)
+        for (int v = 0; v < panel.vectors; v++) {
+          A* at = logits + j * L + v * W;
+          store(at, load(at) + load(buffer.bias + (j - low) * L + v * W));
+        }
+    } else {
+      for (int j = low; j < high; j++) {
+        int64_t shift = c.keys - 1 - (key + j);
+        A* at = logits + j * L;
+        if (panel.group == 1 && panel.rows == L) {
+          const A* values = reinterpret_cast<const A*>(
+              score.pairs.array.at(panel.lane, panel.head[0] * score.pairs.head + panel.t[0] + shift));
+          for (int v = 0; v < kTileVectors; v++) store(at + v * W, load(at + v * W) + load(values + v * W));
+        } else {
+          for (int l = 0; l < panel.rows; l++)
+            at[l] += *reinterpret_cast<const A*>(
+                score.pairs.array.at(panel.lane, panel.head[l] * score.pairs.head + panel.t[l] + shift));
+        }
+      }
+    }
+  }
+}
+
+// Which weights of a key dropout keeps, all bits or none.
+template <class A>
+inline void kept(const Call& c, const Panel<A>& panel, int64_t key, Integer<A>* keep) {
+  const uint32_t column = static_cast<uint32_t>(key) * 0x27D4EB2Fu;
+  double limit = c.dropout * 4294967296.0;
+  uint64_t rounded = static_cast<uint64_t>(__builtin_nearbyint(limit));
+  const uint32_t threshold = rounded > 0xffffffffu ? 0xffffffffu : static_cast<uint32_t>(rounded);
+  for (int l = 0; l < kLanes<A>; l++) keep[l] = mix(panel.hash[l] + column) >= threshold ? -1 : 0;
+}
+
+// Whether a logit may be -inf although the mask allows the pair.
+inline bool may_forbid(const Call& c) {
+  for (int i = 0; i < c.scores; i++)
+    if (c.score[i].step != ScoreStep::soft_cap) return true;
+  return false;
+}
+
+// Rows of an array [lanes, S, K, columns] for the keys [key, key + count), as `to[key][stride]`.
+template <class A>
+inline void fetch_keys(A* to, int64_t stride, const Call& c, const Array& array, int64_t lane, int64_t kv, int64_t key,
+                       int64_t count, int64_t columns) {
+  for (int64_t j = 0; j < count; j++)
+    load_row(to + j * stride, array.at(lane, ((key + j) * c.key_heads + kv) * columns), array.type, columns);
+}
+
+// A copy with zeros in the rows that `keep` does not name: they may hold NaN, and 0 * NaN is NaN.
+template <class A, class Flag>
+inline void copy_kept(A* to, const A* from, int64_t stride, int low, int high, const Flag* keep) {
+  for (int j = low; j < high; j++) {
+    if (keep[j])
+      std::memcpy(to + j * stride, from + j * stride, stride * sizeof(A));
+    else
+      std::memset(to + j * stride, 0, stride * sizeof(A));
+  }
+}
+
+}  // namespace attnjax::ATTNJAX_ISA

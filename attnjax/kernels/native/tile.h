@@ -1,0 +1,144 @@
+// What is done with tiles in a thread's own memory: packing, matrix products on register tiles, copies between rows in
+// memory and lanes of vectors. A "panel" holds rows (queries) side by side in the lanes of kTileVectors vectors.
+#pragma once
+
+#include "simd.h"
+
+namespace attnjax::ATTNJAX_ISA {
+
+template <class A>
+constexpr int kLanes = kTileVectors * kWidth<A>;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// M x N accumulators: the sum over k of a(m, k) b[k][n]; a(m, k) is a[m * lda + k] or, flipped, a[k * lda + m].
+template <class A, int M, int N, bool flipped, class Start, class Finish>
+inline void block(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth, int m0, int n0, const Start& start,
+                  const Finish& finish) {
+  Vector<A> sum[M][N];
+#pragma GCC unroll 12
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) sum[m][n] = start(m0 + m, n0 + n);
+  for (int64_t k = 0; k < depth; k++) {
+    Vector<A> x[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) x[n] = load(b + k * ldb + n * kWidth<A>);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; m++) {
+      Vector<A> y = splat(flipped ? a[k * lda + m] : a[m * lda + k]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) sum[m][n] += y * x[n];
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) finish(m0 + m, n0 + n, sum[m][n]);
+}
+
+template <class A, int M, bool flipped, class Start, class Finish>
+inline void rows_of_blocks(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth, int m, int vectors,
+                           const Start& start, const Finish& finish) {
+  a += flipped ? m : m * lda;
+  int n = 0;
+  for (; n + kTileVectors <= vectors; n += kTileVectors)
+    block<A, M, kTileVectors, flipped>(a, lda, b + n * kWidth<A>, ldb, depth, m, n, start, finish);
+  if constexpr (kTileVectors == 4) {
+    if (vectors - n == 3) block<A, M, 3, flipped>(a, lda, b + n * kWidth<A>, ldb, depth, m, n, start, finish);
+    if (vectors - n == 2) block<A, M, 2, flipped>(a, lda, b + n * kWidth<A>, ldb, depth, m, n, start, finish);
+  }
+  if (vectors - n == 1) block<A, M, 1, flipped>(a, lda, b + n * kWidth<A>, ldb, depth, m, n, start, finish);
+}
+
+// The product of `rows` rows and `vectors` columns of vectors. start(m, n) gives what the sum begins with, finish(m, n,
+// sum) takes it.
+template <class A, bool flipped, class Start, class Finish>
+inline void product(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth, int rows, int vectors,
+                    const Start& start, const Finish& finish) {
+  int m = 0;
+  for (; m + kTileRows <= rows; m += kTileRows)
+    rows_of_blocks<A, kTileRows, flipped>(a, lda, b, ldb, depth, m, vectors, start, finish);
+  for (; m + 2 <= rows; m += 2) rows_of_blocks<A, 2, flipped>(a, lda, b, ldb, depth, m, vectors, start, finish);
+  if (m < rows) rows_of_blocks<A, 1, flipped>(a, lda, b, ldb, depth, m, vectors, start, finish);
+}
+
+// c += a b, rows of `vectors` vectors.
+template <class A, bool flipped>
+inline void add_product(A* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth, int rows,
+                        int vectors) {
+  product<A, flipped>(
+      a, lda, b, ldb, depth, rows, vectors, [&](int m, int n) { return load(c + m * ldc + n * kWidth<A>); },
+      [&](int m, int n, Vector<A> sum) { store(c + m * ldc + n * kWidth<A>, sum); });
+}
+
+// c = a b.
+template <class A, bool flipped>
+inline void set_product(A* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth, int rows,
+                        int vectors) {
+  product<A, flipped>(
+      a, lda, b, ldb, depth, rows, vectors, [](int, int) { return Vector<A>{}; },
+      [&](int m, int n, Vector<A> sum) { store(c + m * ldc + n * kWidth<A>, sum); });
+}
+
+// Rows in memory, one for each lane, to `to[column][lane]`. Lanes without a row (null) become 0.
+template <class A>
+inline void rows_to_lanes(A* to, const char* const* rows, Type type, int64_t columns, int vectors) {
+  constexpr int W = kWidth<A>;
+  constexpr Type own = sizeof(A) == 4 ? Type::f32 : Type::f64;
+  for (int v = 0; v < vectors; v++) {
+    for (int64_t c = 0; c < columns; c += W) {
+      int count = static_cast<int>(least(W, columns - c));
+      Vector<A> r[W];
+      for (int i = 0; i < W; i++) {
+        const char* row = rows[v * W + i];
+        if (row && type == own && count == W) {
+          r[i] = load(reinterpret_cast<const A*>(row) + c);
+        } else {
+          alignas(64) A part[W] = {};
+          if (row) load_row(part, row + c * size_of(type), type, count);
+          r[i] = load(part);
+        }
+      }
+      transpose<A>(r);
+      for (int i = 0; i < count; i++) store(to + (c + i) * kLanes<A> + v * W, r[i]);
+    }
+  }
+}
+
+// The way back: `from[column][lane]` times a factor for each lane, to rows; what is there may be kept and added to.
+template <class A>
+inline void lanes_to_rows(char* const* rows, Type type, const A* from, const A* factor, int64_t columns, int vectors,
+                          bool add) {
+  constexpr int W = kWidth<A>;
+  for (int v = 0; v < vectors; v++) {
+    Vector<A> scale = load(factor + v * W);
+    for (int64_t c = 0; c < columns; c += W) {
+      int count = static_cast<int>(least(W, columns - c));
+      Vector<A> r[W];
+      for (int i = 0; i < W; i++) r[i] = i < count ? load(from + (c + i) * kLanes<A> + v * W) * scale : Vector<A>{};
+      transpose<A>(r);
+      for (int i = 0; i < W; i++) {
+        char* row = rows[v * W + i];
+        if (!row) continue;
+        alignas(64) A part[W];
+        if (add) {
+          A* here = reinterpret_cast<A*>(row) + c;
+          store(part, r[i]);
+          if (count == W) {
+            store(here, load(here) + r[i]);
+          } else {
+            for (int j = 0; j < count; j++) here[j] += part[j];
+          }
+        } else {
+          store(part, r[i]);
+          store_row(row + c * size_of(type), part, type, count);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace attnjax::ATTNJAX_ISA
