@@ -29,7 +29,7 @@ from attnjax.tuning import Blocks
 Array = jax.Array
 
 PARTS = ("forward", "backward")
-_BLOCKS = (64, 128)  # of the block map: a panel of queries with 512-bit vectors, a tile of keys
+_BLOCKS = (64, 64)  # of the block map: a panel of queries with 512-bit vectors, half a tile of keys
 _MOST_SIZE = 512  # of heads
 _MOST_BITS = 2**24  # bytes: masks that do not come apart are packed, a bit per pair, while that is small
 # What the kernel has room for, and the codes of its steps: see native/call.h.

@@ -183,13 +183,30 @@ class Backward {
       highest_[l] = present && highest != -static_cast<A>(__builtin_inf()) ? highest : A(0);
       delta_[l] = present ? static_cast<const A*>(c_.delta)[row] : A(0);
     }
+    look_ahead(keys);
     std::memset(by_query_, 0, sizeof(by_query_));
     std::memset(d_query_, 0, c_.head_size * L * sizeof(A));
     for (int from = 0; from < keys; from += kKeys) {
       int count = static_cast<int>(least(kKeys, keys - from));
       int kind = kind_of(c_, panel_, start_ + from, start_ + from + count);
-      if (kind) tile(from, count, kind == 1);
+      if (kind == 2) tile(from, count, false);
+      if (kind != 1) continue;
+      for (int half = from; half < from + count; half += kHalf) {
+        const int part = static_cast<int>(least(kHalf, from + count - half));
+        kind = kind_of(c_, panel_, start_ + half, start_ + half + part);
+        if (kind) tile(half, part, kind == 1);
+      }
     }
+  }
+
+  // To the queries of the next panel, and the cotangents of their outputs.
+  void look_ahead(int keys) {
+    const int64_t group = panel_.group, first = least(c_.queries, panel_.t_high + 1);
+    const int64_t end = least(c_.queries, first + divide_up(L, group)), head = kv_ * group;
+    const int64_t parts = keys / kTileRows;
+    next_query_.aim(c_.query, lane_, first, end, c_.heads, head, group, c_.head_size, parts);
+    next_d_out_.aim({const_cast<void*>(c_.d_out), c_.query.type, c_.rows}, lane_, first, end, c_.heads, head, group,
+                    c_.value_size, parts);
   }
 
   static void copy_rows(A* to, int64_t stride, char* const* rows, Type type, int64_t columns, A factor) {
@@ -213,20 +230,21 @@ class Backward {
       low = seen_.low, high = seen_.high;
       if (low >= high) return;
     }
-    const int keys = high - low;
-    const A *keys_from = key_ + (from + low) * h, *values_from = value_ + (from + low) * v_size;
-    A *weights = weights_ + low * L, *change = change_ + low * L;
+    const A *keys = key_ + from * h, *values = value_ + from * v_size;
     V highest[kTileVectors], share[kTileVectors], delta[kTileVectors];
     for (int v = 0; v < vectors; v++) {
       highest[v] = load(highest_ + v * W);
       share[v] = load(share_ + v * W);
       delta[v] = load(delta_ + v * W);
     }
-    set_product<A, false>(weights, L, keys_from, h, query_, L, h, keys, vectors);
+    by_group(seen_, masked, low, high, [&](int first, int last, int start) {
+      set_product<A, false>(weights_ + first * L + start * W, L, keys + first * h, h, query_ + start * W, L, h,
+                            last - first, vectors - start, [&] { next_query_.step(), next_d_out_.step(); });
+    });
     if (c_.scores) modify<A>(c_, panel_, key, low, high, weights_, capped() ? slope_ : nullptr, buffer_);
     const V lowest = splat<A>(-static_cast<A>(__builtin_inf()));
     const bool forbidden = masked || may_forbid(c_);
-    for (int j = low; j < high; j++)
+    for (int j = low; j < high; j++) {
       for (int v = 0; v < vectors; v++) {
         A* at = weights_ + j * L + v * W;
         V x = load(at);
@@ -238,13 +256,15 @@ class Backward {
         }
         store(at, weight);
       }
+    }
     // change = weight * (d_weight - delta)
     const bool dropping = c_.dropout > 0;
     alignas(64) Integer<A> keep[L];
     const V kept_factor = splat<A>(static_cast<A>(1 / (1 - c_.dropout)));
-    product<A, false>(
-        values_from, v_size, d_out_, L, v_size, keys, vectors, [](int, int) { return V{}; },
-        [&](int m, int n, V sum) { store(change + m * L + n * W, sum); });
+    by_group(seen_, masked, low, high, [&](int first, int last, int start) {
+      set_product<A, false>(change_ + first * L + start * W, L, values + first * v_size, v_size, d_out_ + start * W, L,
+                            v_size, last - first, vectors - start);
+    });
     for (int j = low; j < high; j++) {
       if (dropping) kept(c_, panel_, key + j, keep);
       for (int v = 0; v < vectors; v++) {
@@ -260,26 +280,31 @@ class Backward {
         store(d_at, change);
       }
     }
-    if (c_.d_value)
-      add_product<A, false>(d_value_ + (from + low) * wide_v_, wide_v_, weights, L, d_out_rows_, wide_v_, panel_.rows, keys,
-                            static_cast<int>(wide_v_ / W));
+    if (c_.d_value) add_by_key(d_value_, weights_, d_out_rows_, wide_v_, from, low, high, masked);
     for (int i = c_.scores - 1; i >= 0; i--) unmodify(i, key, from, low, high);
-    const A *queries = query_rows_, *clean_keys = keys_from;
-    if (masked) {
-      if (rows_hidden()) {
-        copy_kept(clean_rows_, query_rows_, wide_h_, 0, panel_.rows, seen_.row);
-        queries = clean_rows_;
-      }
-      if (seen_.gaps) {
-        copy_kept(clean_key_, key_ + from * h, h, low, high, seen_.key);
-        clean_keys = clean_key_ + low * h;
-      }
+    const A *queries = query_rows_, *clean_keys = keys;
+    if (masked && rows_hidden()) {
+      copy_kept(clean_rows_, query_rows_, wide_h_, 0, panel_.rows, seen_.row);
+      queries = clean_rows_;
     }
-    if (c_.d_key)
-      add_product<A, false>(d_key_ + (from + low) * wide_h_, wide_h_, change, L, queries, wide_h_, panel_.rows, keys,
-                            static_cast<int>(wide_h_ / W));
+    if (masked && seen_.gaps) {
+      copy_kept(clean_key_, keys, h, low, high, seen_.key);
+      clean_keys = clean_key_;
+    }
+    if (c_.d_key) add_by_key(d_key_, change_, queries, wide_h_, from, low, high, masked);
     if (c_.d_query)
-      add_product<A, true>(d_query_, L, clean_keys, h, change, L, keys, static_cast<int>(h), vectors);
+      add_product<A, true>(d_query_, L, clean_keys + low * h, h, change_ + low * L, L, high - low, static_cast<int>(h),
+                           vectors);
+  }
+
+  // sums[key] += pairs[key][row] rows[row]
+  void add_by_key(A* sums, const A* pairs, const A* rows, int64_t wide, int from, int low, int high, bool masked) {
+    by_group(seen_, masked, low, high, [&](int first, int last, int start) {
+      const int lanes = start * W;
+      if (lanes < panel_.rows)
+        add_product<A, false>(sums + (from + first) * wide, wide, pairs + first * L + lanes, L, rows + lanes * wide, wide,
+                              panel_.rows - lanes, last - first, static_cast<int>(wide / W));
+    });
   }
 
   bool rows_hidden() const {
@@ -345,7 +370,7 @@ class Backward {
         rows[l] = l < panel_.rows ? reinterpret_cast<char*>(static_cast<A*>(c_.d_query) + row * c_.head_size) : nullptr;
         factor[l] = static_cast<A>(c_.scale);
       }
-      lanes_to_rows<A>(rows, sizeof(A) == 4 ? Type::f32 : Type::f64, d_query_, factor, c_.head_size, panel_.vectors,
+      lanes_to_rows<A>(rows, kOwnType<A>, d_query_, factor, c_.head_size, panel_.vectors,
                        number != ticket.first);
     }
     for (int i = 0; i < c_.scores; i++) {
@@ -399,6 +424,7 @@ class Backward {
   A* sums_[kMaxScores] = {};
   Panel<A> panel_;
   int64_t lane_ = 0, kv_ = 0, start_ = 0;
+  Ahead next_query_, next_d_out_;
   alignas(64) A share_[L], highest_[L], delta_[L], by_query_[kMaxScores][L];
 };
 

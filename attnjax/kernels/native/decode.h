@@ -9,24 +9,26 @@ namespace attnjax::ATTNJAX_ISA {
 template <class A>
 class Decode {
   static constexpr int L = kLanes<A>, W = kWidth<A>;
-  static constexpr int kStep = 32;  // keys of all heads that are looked at together
+  static constexpr int kStep = 64;  // keys of all heads that are looked at together
+  static constexpr int kAhead = 8192;  // bytes that are asked for ahead of their use
   static constexpr int64_t kSplit = 512, kTasks = 256;
+  static_assert(kStep % W == 0);
   using V = Vector<A>;
 
  public:
-  static constexpr int kMost = 4;  // rows of a key/value head
+  static constexpr int kMost = 8;  // rows of a key/value head
 
   static bool takes(const Call& c) {
-    return c.queries * (c.heads / c.key_heads) <= kMost && c.queries > 0 && c.keys > 0 && c.key_heads <= 256;
+    return c.queries * (c.heads / c.key_heads) <= least(kMost, W) && c.key_heads <= 256;
   }
 
   static void run(const Call& c, const Run& run) {
     const int64_t splits = most(1, least(divide_up(kTasks, c.lanes), divide_up(c.keys, kSplit)));
-    const int64_t each = divide_up(divide_up(c.keys, splits), kKeys) * kKeys;
+    const int64_t each = divide_up(divide_up(c.keys, splits), kStep) * kStep;
     const int64_t rows = c.queries * c.heads, record = c.value_size + 2;
     A* found = static_cast<A*>(run.reserve(c.lanes * splits * rows * record * static_cast<int64_t>(sizeof(A))));
     for_each(run, c.lanes * splits, [&](int64_t task) {
-      int64_t lane = task / splits, first = task % splits * each;
+      int64_t lane = task / splits, first = least(c.keys, task % splits * each);
       Decode(c, run.scratch(bytes(c))).pass(lane, first, least(c.keys, first + each), found + task * rows * record);
     });
     for_each(run, c.lanes, [&](int64_t lane) { merge(c, lane, splits, found + lane * splits * rows * record); });
@@ -34,191 +36,224 @@ class Decode {
   }
 
  private:
+  // What the rows of a key/value head have summed so far.
   struct State {
     Panel<A> panel;
-    A* query;  // [row][H], scaled and padded
-    A* out;    // [row][V], padded
-    alignas(64) A highest[W], total[W];
+    A highest[kMost], total[kMost];
   };
 
   Decode(const Call& c, void* memory)
       : c_(c),
+        rows_(static_cast<int>(c.queries * (c.heads / c.key_heads))),
         wide_h_(divide_up(c.head_size, W) * W),
         wide_v_(divide_up(c.value_size, W) * W),
         arena_(memory),
         states_(arena_.take<State>(c.key_heads)),
-        weights_(arena_.take<A>(kKeys * L)),
+        query_(arena_.take<A>(c.key_heads * rows_ * wide_h_)),
+        out_(arena_.take<A>(c.key_heads * rows_ * wide_v_)),
+        weights_(arena_.take<A>(c.key_heads * rows_ * kStep)),
+        sums_(arena_.take<A>(c.key_heads * rows_ * W * W)),
+        pairs_(arena_.take<A>(kKeys * L)),
         seen_(arena_),
-        buffer_(c, arena_) {
-    const int64_t rows = c.queries * (c.heads / c.key_heads);
-    for (int64_t kv = 0; kv < c.key_heads; kv++) {
-      states_[kv].query = arena_.take<A>(rows * wide_h_);
-      states_[kv].out = arena_.take<A>(rows * wide_v_);
-    }
-  }
+        buffer_(c, arena_) {}
 
   static int64_t bytes(const Call& c) {
-    int64_t wide = c.head_size + c.value_size + 2 * W + 64, rows = c.queries * c.heads;
-    int64_t tiles = kKeys * L * (3 + c.denses) + rows * wide + 32 * c.key_heads;
-    return tiles * static_cast<int64_t>(sizeof(A)) + c.key_heads * static_cast<int64_t>(sizeof(State)) + 8192;
+    const int64_t wide = c.head_size + c.value_size + 2 * W + kStep + W * W, rows = c.queries * c.heads;
+    return (rows * wide + kKeys * L * (3 + c.denses)) * static_cast<int64_t>(sizeof(A)) +
+           c.key_heads * static_cast<int64_t>(sizeof(State)) + 8192;
   }
+
+  A* query(int64_t kv, int row) const { return query_ + (kv * rows_ + row) * wide_h_; }
+  A* out(int64_t kv, int row) const { return out_ + (kv * rows_ + row) * wide_v_; }
+  A* weights(int64_t kv, int row) const { return weights_ + (kv * rows_ + row) * kStep; }
 
   void pass(int64_t lane, int64_t first, int64_t end, A* found) {
-    for (int64_t kv = 0; kv < c_.key_heads; kv++) start(states_[kv], lane, kv);
-    for (int64_t key = first; key < end; key += kStep)
-      for (int64_t kv = 0; kv < c_.key_heads; kv++) {
-        if (key + kStep < end) prefetch(lane, kv, key + kStep);
-        step(states_[kv], key, static_cast<int>(least(kStep, end - key)));
-      }
-    for (int64_t kv = 0; kv < c_.key_heads; kv++) {
-      State& state = states_[kv];
-      for (int l = 0; l < state.panel.rows; l++) {
-        A* to = found + (state.panel.t[l] * c_.heads + state.panel.head[l]) * (c_.value_size + 2);
-        to[0] = state.highest[l];
-        to[1] = state.total[l];
-        std::memcpy(to + 2, state.out + l * wide_v_, c_.value_size * sizeof(A));
+    for (int64_t kv = 0; kv < c_.key_heads; kv++) start(lane, kv);
+    for (int64_t key = first; key < end; key += kStep) {
+      const int keys = static_cast<int>(least(kStep, end - key));
+      switch (c_.key.type) {
+        case Type::bf16: step<Type::bf16>(lane, key, keys); break;
+        case Type::f16: step<Type::f16>(lane, key, keys); break;
+        default: step<kOwnType<A>>(lane, key, keys);
       }
     }
+    for (int64_t kv = 0; kv < c_.key_heads; kv++)
+      for (int r = 0; r < rows_; r++) {
+        const State& state = states_[kv];
+        A* to = found + (state.panel.t[r] * c_.heads + state.panel.head[r]) * (c_.value_size + 2);
+        to[0] = state.highest[r];
+        to[1] = state.total[r];
+        std::memcpy(to + 2, out(kv, r), c_.value_size * sizeof(A));
+      }
   }
 
-  // Asks for a share of the keys and values of the next step, in the order in which they lie in memory.
-  void prefetch(int64_t lane, int64_t kv, int64_t key) const {
-    const int64_t keys = least(kStep, c_.keys - key);
-    auto share = [&](const Array& array, int64_t columns) {
-      const int64_t size = keys * c_.key_heads * columns * size_of(array.type);
-      const char* at = array.at(lane, key * c_.key_heads * columns);
-      for (int64_t i = size * kv / c_.key_heads; i < size * (kv + 1) / c_.key_heads; i += 64) __builtin_prefetch(at + i);
-    };
-    share(c_.key, c_.head_size);
-    share(c_.value, c_.value_size);
-  }
-
-  void start(State& state, int64_t lane, int64_t kv) {
+  void start(int64_t lane, int64_t kv) {
+    State& state = states_[kv];
     state.panel.place(c_, lane, kv, 0);
     char* rows[L];
     state.panel.rows_of(c_.query, c_.heads, c_.head_size, rows);
-    for (int l = 0; l < state.panel.rows; l++) {
-      A* to = state.query + l * wide_h_;
+    for (int r = 0; r < rows_; r++) {
+      A* to = query(kv, r);
       std::memset(to, 0, wide_h_ * sizeof(A));
-      load_row(to, rows[l], c_.query.type, c_.head_size);
+      load_row(to, rows[r], c_.query.type, c_.head_size);
       for (int64_t d = 0; d < c_.head_size; d++) to[d] *= static_cast<A>(c_.scale);
+      std::memset(out(kv, r), 0, wide_v_ * sizeof(A));
+      state.highest[r] = -static_cast<A>(__builtin_inf());
+      state.total[r] = 0;
     }
-    std::memset(state.out, 0, state.panel.rows * wide_v_ * sizeof(A));
-    store(state.highest, splat<A>(-static_cast<A>(__builtin_inf())));
-    store(state.total, V{});
   }
 
-  void step(State& state, int64_t key, int keys) {
-    const Panel<A>& panel = state.panel;
-    int kind = kind_of(c_, panel, key, key + keys), low = 0, high = keys;
-    if (!kind) return;
-    const bool masked = kind == 1;
-    if (masked) {
-      see(c_, panel, key, keys, buffer_, seen_);
-      low = seen_.low, high = seen_.high;
-      if (low >= high) return;
-    }
-    logits(state, key, low, high);
-    if (c_.scores) modify<A>(c_, panel, key, low, high, weights_, nullptr, buffer_);
-    const V lowest = splat<A>(-static_cast<A>(__builtin_inf()));
-    V before = load(state.highest), highest = before;
-    for (int j = low; j < high; j++) {
-      V x = load(weights_ + j * L);
-      if (masked) x = load(seen_.visible + j * L) ? x : lowest;
-      store(weights_ + j * L, x);
-      highest = larger<A>(x, highest);
-    }
-    V base = highest == lowest ? V{} : highest;
-    V shrink = exponential(before - base), total = load(state.total) * shrink;
-    for (int j = low; j < high; j++) {
-      V x = load(weights_ + j * L);
-      V weight = x == lowest ? V{} : exponential(x - base);
-      total += weight;
-      if (c_.dropout > 0) {
-        alignas(64) Integer<A> keep[L];
-        kept(c_, panel, key + j, keep);
-        weight = load(keep) ? weight : V{};
-      }
-      store(weights_ + j * L, weight);
-    }
-    store(state.highest, highest);
-    store(state.total, total);
-    alignas(64) A factor[W];
-    store(factor, shrink);
-    for (int l = 0; l < panel.rows; l++) sum_values(state, l, factor[l], key, low, high, masked && seen_.gaps);
+  template <Type type>
+  void step(int64_t lane, int64_t key, int keys) {
+    for (int from = 0; from < keys; from += W) logits<type>(lane, key, from, static_cast<int>(least(W, keys - from)));
+    for (int64_t kv = 0; kv < c_.key_heads; kv++) soften(kv, key, keys);
+    add_values<type>(lane, key, keys);
   }
 
-  // `count` (at most a vector's) numbers from memory, and zeros.
-  static V fetch(const char* from, Type type, int64_t count) {
-    if (count >= W) {
-      if (type == (sizeof(A) == 4 ? Type::f32 : Type::f64)) return load(reinterpret_cast<const A*>(from));
-      if constexpr (sizeof(A) == 4) {
-        if (type == Type::bf16) {
-          typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-          Half half;
-          std::memcpy(&half, from, sizeof(half));
-          return bits<float, uint32_t>(__builtin_convertvector(half, Vector<uint32_t>) << 16);
-        }
-      }
-    }
+  // A vector of numbers from memory; zeros behind the `count` that there are.
+  template <Type type>
+  static V fetch(const char* from, int64_t count) {
     alignas(64) A part[W] = {};
-    load_row(part, from, type, least(count, W));
+    if (count < W) {
+      load_row(part, from, type, count);
+      return load(part);
+    }
+    if constexpr (type == kOwnType<A>) {
+      return load(reinterpret_cast<const A*>(from));
+    } else if constexpr (sizeof(A) == 4) {
+      typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+      Half half;
+      std::memcpy(&half, from, sizeof(half));
+      auto wide = __builtin_convertvector(half, Vector<uint32_t>);
+      if constexpr (type == Type::bf16) return bits<float, uint32_t>(wide << 16);
+      auto magnitude = wide & 0x7fff;
+      auto finite = bits<uint32_t, float>(bits<float, uint32_t>(magnitude << 13) * splat(0x1p112f));
+      auto other = (magnitude & 0x3ff) << 13 | 0x7f800000u;
+      return bits<float, uint32_t>((magnitude >= 0x7c00 ? other : finite) | (wide & 0x8000) << 16);
+    }
     return load(part);
   }
 
-  // weights[key][row] = key . query: W keys at a time, so that sums across lanes become sums of transposed vectors.
-  void logits(State& state, int64_t key, int low, int high) {
-    const int64_t size = size_of(c_.key.type), stride = c_.key_heads * c_.head_size * size;
-    const char* first = c_.key.at(state.panel.lane, (key * c_.key_heads + state.panel.kv) * c_.head_size);
-    for (int j = low; j < high; j += W) {
-      const int count = static_cast<int>(least(W, high - j));
-      for (int l = 0; l < state.panel.rows; l++) {
-        const A* query = state.query + l * wide_h_;
-        V sums[W];
-        for (int i = 0; i < W; i++) {
-          const char* row = first + (j + least(i, count - 1)) * stride;
-          V even = {}, odd = {};
-          int64_t d = 0;
-          for (; d + 2 * W <= c_.head_size; d += 2 * W) {
-            even += fetch(row + d * size, c_.key.type, W) * load(query + d);
-            odd += fetch(row + (d + W) * size, c_.key.type, W) * load(query + d + W);
-          }
-          for (; d < c_.head_size; d += W) even += fetch(row + d * size, c_.key.type, c_.head_size - d) * load(query + d);
-          sums[i] = even + odd;
+  // weights[head][row][from...] = key . query for `count` keys of all heads, in the order in which they lie in memory.
+  // Sums across the lanes of a vector become sums of transposed vectors.
+  template <Type type>
+  void logits(int64_t lane, int64_t key, int from, int count) {
+    const int64_t size = size_of(type), width = c_.head_size;
+    const char* row = c_.key.at(lane, (key + from) * c_.key_heads * width);
+    for (int j = 0; j < count; j++)
+      for (int64_t kv = 0; kv < c_.key_heads; kv++, row += width * size) {
+        A* sums = sums_ + (kv * rows_ * W + j) * W;
+        if (rows_ == 1) {
+          dot<type, 1>(row, query(kv, 0), sums);
+        } else {
+          int r = 0;
+          for (; r + 4 <= rows_; r += 4) dot<type, 4>(row, query(kv, r), sums + r * W * W);
+          for (; r < rows_; r++) dot<type, 1>(row, query(kv, r), sums + r * W * W);
         }
-        transpose<A>(sums);
-        V sum = sums[0];
-        for (int i = 1; i < W; i++) sum += sums[i];
-        for (int i = 0; i < count; i++) weights_[(j + i) * L + l] = sum[i];
       }
+    for (int64_t i = 0; i < c_.key_heads * rows_; i++) {
+      V r[W];
+      for (int j = 0; j < W; j++) r[j] = load(sums_ + (i * W + j) * W);
+      transpose<A>(r);
+      V sum = r[0];
+      for (int j = 1; j < W; j++) sum += r[j];
+      store(weights_ + i * kStep + from, sum);
     }
-    for (int j = low; j < high; j++)
-      for (int l = state.panel.rows; l < W; l++) weights_[j * L + l] = 0;
   }
 
-  void sum_values(State& state, int l, A shrink, int64_t key, int low, int high, bool gaps) {
-    constexpr int N = 8;  // vectors of the output at a time
-    const int64_t size = size_of(c_.value.type), stride = c_.key_heads * c_.value_size * size;
-    const char* first = c_.value.at(state.panel.lane, (key * c_.key_heads + state.panel.kv) * c_.value_size);
-    for (int64_t v = 0; v < wide_v_; v += N * W) {
-      A* out = state.out + l * wide_v_ + v;
-      const int vectors = static_cast<int>(least(N, (wide_v_ - v) / W));
-      V sums[N];
-      for (int n = 0; n < N; n++) sums[n] = n < vectors ? load(out + n * W) * shrink : V{};
-      const bool whole = vectors == N && c_.value_size - v >= N * W;
-      for (int j = low; j < high; j++) {
-        if (gaps && !seen_.key[j]) continue;
-        const V weight = splat(weights_[j * L + l]);
-        const char* row = first + j * stride + v * size;
-        if (whole) {
-          for (int n = 0; n < N; n++) sums[n] += weight * fetch(row + n * W * size, c_.value.type, W);
-        } else {
-          for (int n = 0; n < vectors; n++)
-            sums[n] += weight * fetch(row + n * W * size, c_.value.type, c_.value_size - v - n * W);
-        }
-      }
-      for (int n = 0; n < vectors; n++) store(out + n * W, sums[n]);
+  template <Type type, int rows>
+  void dot(const char* key, const A* query, A* sums) const {
+    V sum[rows] = {};
+    const int64_t size = size_of(type);
+    int64_t d = 0;
+    for (; d + W <= c_.head_size; d += W) {
+      __builtin_prefetch(key + d * size + kAhead, 0, 0);
+      V k = fetch<type>(key + d * size, W);
+      for (int r = 0; r < rows; r++) sum[r] += k * load(query + r * wide_h_ + d);
     }
+    if (d < c_.head_size) {
+      V k = fetch<type>(key + d * size, c_.head_size - d);
+      for (int r = 0; r < rows; r++) sum[r] += k * load(query + r * wide_h_ + d);
+    }
+    for (int r = 0; r < rows; r++) store(sums + r * W * W, sum[r]);
+  }
+
+  // Logits to weights; what was summed before shrinks.
+  void soften(int64_t kv, int64_t key, int keys) {
+    State& state = states_[kv];
+    const Panel<A>& panel = state.panel;
+    const A lowest = -static_cast<A>(__builtin_inf());
+    const int kind = kind_of(c_, panel, key, key + keys);
+    if (!kind) {
+      for (int r = 0; r < rows_; r++)
+        for (int j = 0; j < kStep; j++) weights(kv, r)[j] = 0;
+      return;
+    }
+    if (kind == 1 || c_.scores) rules(kv, key, keys, kind == 1);
+    for (int r = 0; r < rows_; r++) {
+      A* logits = weights(kv, r);
+      for (int j = keys; j < kStep; j++) logits[j] = lowest;
+      V highest = load(logits);
+      for (int j = W; j < kStep; j += W) highest = larger<A>(load(logits + j), highest);
+      A most_now = state.highest[r];
+      for (int l = 0; l < W; l++) most_now = highest[l] > most_now ? highest[l] : most_now;
+      const A base = most_now == lowest ? A(0) : most_now;
+      const A shrink = static_cast<A>(__builtin_exp(state.highest[r] - base));
+      V total = {};
+      for (int j = 0; j < kStep; j += W) {
+        V x = load(logits + j), weight = x == splat<A>(lowest) ? V{} : exponential(x - splat<A>(base));
+        total += weight;
+        store(logits + j, weight);
+      }
+      A sum = 0;
+      for (int l = 0; l < W; l++) sum += total[l];
+      state.total[r] = state.total[r] * shrink + sum;
+      state.highest[r] = most_now;
+      A* sums = out(kv, r);
+      if (shrink != 1)
+        for (int64_t v = 0; v < wide_v_; v += W) store(sums + v, load(sums + v) * splat<A>(shrink));
+    }
+    if (c_.dropout > 0)
+      for (int j = 0; j < keys; j++) {
+        alignas(64) Integer<A> keep[L];
+        kept(c_, panel, key + j, keep);
+        for (int r = 0; r < rows_; r++)
+          if (!keep[r]) weights(kv, r)[j] = 0;
+      }
+  }
+
+  // Scores and mask, which take logits as [key][lane].
+  void rules(int64_t kv, int64_t key, int keys, bool masked) {
+    const Panel<A>& panel = states_[kv].panel;
+    for (int j = 0; j < keys; j++)
+      for (int l = 0; l < W; l++) pairs_[j * L + l] = l < rows_ ? weights(kv, l)[j] : A(0);
+    if (c_.scores) modify<A>(c_, panel, key, 0, keys, pairs_, nullptr, buffer_);
+    if (masked) see(c_, panel, key, keys, buffer_, seen_);
+    for (int j = 0; j < keys; j++)
+      for (int r = 0; r < rows_; r++) {
+        const bool visible = !masked || seen_.visible[j * L + r];
+        weights(kv, r)[j] = visible ? pairs_[j * L + r] : -static_cast<A>(__builtin_inf());
+      }
+  }
+
+  // Adds weight * value for the keys of the step, of all heads, in the order in which they lie in memory. Keys whose
+  // weight is 0 may hold NaN.
+  template <Type type>
+  void add_values(int64_t lane, int64_t key, int keys) {
+    const int64_t size = size_of(type), width = c_.value_size;
+    const char* row = c_.value.at(lane, key * c_.key_heads * width);
+    const bool careful = c_.kinds.data || may_forbid(c_);
+    for (int j = 0; j < keys; j++)
+      for (int64_t kv = 0; kv < c_.key_heads; kv++, row += width * size)
+        for (int r = 0; r < rows_; r++) {
+          const A weight = weights(kv, r)[j];
+          if (careful && weight == 0) continue;
+          A* sums = out(kv, r);
+          for (int64_t v = 0; v < width; v += W) {
+            __builtin_prefetch(row + v * size + kAhead, 0, 0);
+            store(sums + v, load(sums + v) + splat(weight) * fetch<type>(row + v * size, width - v));
+          }
+        }
   }
 
   static void merge(const Call& c, int64_t lane, int64_t splits, const A* found) {
@@ -256,10 +291,13 @@ class Decode {
   }
 
   const Call& c_;
+  const int rows_;
   const int64_t wide_h_, wide_v_;
   Arena arena_;
   State* states_;
-  A* weights_;
+  A *query_, *out_, *weights_;
+  A* sums_;   // [head][row][key][lane]: products, not summed over the lanes yet
+  A* pairs_;  // [key][lane]
   Seen<A> seen_;
   PairsBuffer<A> buffer_;
 };

@@ -71,11 +71,28 @@ class Forward {
           fetch_keys(key_, c_.head_size, c_, c_.key, lane, kv, key, keys, c_.head_size);
           fetch_keys(value_, c_.value_size, c_, c_.value, lane, kv, key, keys, c_.value_size);
           fetched = true;
+          look_ahead(lane, kv, key + kKeys, count);
         }
-        tile(state, key, static_cast<int>(keys), kind == 1);
+        if (kind == 2) {
+          tile(state, key, 0, static_cast<int>(keys), false);
+          continue;
+        }
+        for (int64_t from = 0; from < keys; from += kHalf) {
+          const int64_t end = least(keys, from + kHalf);
+          int half = kind_of(c_, state.panel, key + from, key + end);
+          if (half) tile(state, key, static_cast<int>(from), static_cast<int>(end), half == 1);
+        }
       }
     }
     for (int p = 0; p < count; p++) finish(states_[p]);
+  }
+
+  // To the next tile of keys and values, while `count` panels take in this one.
+  void look_ahead(int64_t lane, int64_t kv, int64_t key, int count) {
+    const int64_t first = least(c_.keys, key), end = least(c_.keys, key + kKeys);
+    const int64_t parts = count * (kKeys / kTileRows);
+    next_key_.aim(c_.key, lane, first, end, c_.key_heads, kv, 1, c_.head_size, parts);
+    next_value_.aim(c_.value, lane, first, end, c_.key_heads, kv, 1, c_.value_size, parts);
   }
 
   void start(State& state, int64_t lane, int64_t kv, int64_t row) {
@@ -96,30 +113,33 @@ class Forward {
     }
   }
 
-  // Takes in the keys [key, key + keys).
-  void tile(State& state, int64_t key, int keys, bool masked) {
+  // Takes in the keys [from, end) of the tile that starts at `key`.
+  void tile(State& state, int64_t key, int from, int end, bool masked) {
     const Panel<A>& panel = state.panel;
     const int vectors = panel.vectors;
-    int low = 0, high = keys;
+    int low = 0, high = end - from;
     if (masked) {
-      see(c_, panel, key, keys, buffer_, seen_);
+      see(c_, panel, key + from, high, buffer_, seen_);
       low = seen_.low, high = seen_.high;
       if (low >= high) return;
     }
     V highest[kTileVectors], before[kTileVectors];
     for (int v = 0; v < vectors; v++) before[v] = highest[v] = load(state.highest + v * W);
-    A* weights = weights_ + low * L;
-    const A* keys_from = key_ + low * c_.head_size;
+    const A *keys = key_ + from * c_.head_size, *values = value_ + from * c_.value_size;
     if (!masked && !c_.scores) {
       product<A, false>(
-          keys_from, c_.head_size, state.query, L, c_.head_size, high - low, vectors, [](int, int) { return V{}; },
+          keys, c_.head_size, state.query, L, c_.head_size, high, vectors, [](int, int) { return V{}; },
           [&](int m, int n, V sum) {
-            store(weights + m * L + n * W, sum);
+            store(weights_ + m * L + n * W, sum);
             highest[n] = larger<A>(sum, highest[n]);
-          });
+          },
+          [&] { next_key_.step(), next_value_.step(); });
     } else {
-      set_product<A, false>(weights, L, keys_from, c_.head_size, state.query, L, c_.head_size, high - low, vectors);
-      if (c_.scores) modify<A>(c_, panel, key, low, high, weights_, nullptr, buffer_);
+      by_group(seen_, masked, low, high, [&](int first, int last, int start) {
+        set_product<A, false>(weights_ + first * L + start * W, L, keys + first * c_.head_size, c_.head_size,
+                              state.query + start * W, L, c_.head_size, last - first, vectors - start);
+      });
+      if (c_.scores) modify<A>(c_, panel, key + from, low, high, weights_, nullptr, buffer_);
       const V hidden = splat<A>(-static_cast<A>(__builtin_inf()));
       for (int j = low; j < high; j++)
         for (int v = 0; v < vectors; v++) {
@@ -133,10 +153,9 @@ class Forward {
     }
     V shrink[kTileVectors];
     exponentiate(state, low, high, masked || may_forbid(c_), highest, shrink);
-    if (c_.dropout > 0) drop(panel, key, low, high);
-    const A* values = value_;
+    if (c_.dropout > 0) drop(panel, key + from, low, high);
     if (masked && seen_.gaps) {
-      copy_kept(clean_, value_, c_.value_size, low, high, seen_.key);
+      copy_kept(clean_, values, c_.value_size, low, high, seen_.key);
       values = clean_;
     }
     bool moved = false;
@@ -149,8 +168,8 @@ class Forward {
     A* out = state.out;
     auto keep = [&](int m, int n, V sum) { store(out + m * L + n * W, sum); };
     auto sum_values = [&](const auto& from) {
-      product<A, true>(values + low * c_.value_size, c_.value_size, weights, L, high - low,
-                       static_cast<int>(c_.value_size), vectors, from, keep);
+      product<A, true>(values + low * c_.value_size, c_.value_size, weights_ + low * L, L, high - low,
+                       static_cast<int>(c_.value_size), vectors, from, keep, Nothing());
     };
     if (!state.started)
       sum_values([](int, int) { return V{}; });
@@ -243,6 +262,7 @@ class Forward {
   A *key_, *value_, *clean_, *weights_;
   Seen<A> seen_;
   PairsBuffer<A> buffer_;
+  Ahead next_key_, next_value_;
 };
 
 }  // namespace attnjax::ATTNJAX_ISA

@@ -7,6 +7,8 @@
 namespace attnjax::ATTNJAX_ISA {
 
 constexpr int kKeys = 128;  // of a tile: its weights stay in the first-level cache
+constexpr int kHalf = kKeys / 2;  // partial tiles are looked at in halves
+constexpr int kGroup = 2 * kTileRows;  // keys whose products skip the queries that see none of them
 constexpr int kMaxDepth = 8;  // of the mask's program
 
 // Memory of a thread, handed out piece by piece.
@@ -49,10 +51,11 @@ struct Panel {
     rows = static_cast<int>(least(L, c.queries * group - first));
     vectors = static_cast<int>(divide_up(rows, kWidth<A>));
     t_low = first / group, t_high = (first + rows - 1) / group;
+    int64_t query = t_low, member = first % group;
     for (int l = 0; l < L; l++) {
-      int64_t row = first + least(l, rows - 1);
-      t[l] = row / group, head[l] = kv * group + row % group;
+      t[l] = query, head[l] = kv * group + member;
       present[l] = l < rows ? -1 : 0;
+      if (l + 1 < rows && ++member == group) member = 0, query++;
     }
     for (int i = 0; i < c.comparisons; i++) {
       const int32_t* values = reinterpret_cast<const int32_t*>(c.comparison[i].queries.at(lane, 0));
@@ -102,10 +105,27 @@ struct Seen {
   bool gaps = false;      // and not all of those are seen by some row
   Integer<A>* visible;    // [key][lane], all bits or none
   bool key[kKeys];        // seen by some row
+  int start[kKeys / kGroup + 1];  // of each group of keys, the first vector of rows that sees one of them
   alignas(64) Integer<A> row[kLanes<A>];  // sees some key
 
   explicit Seen(Arena& arena) : visible(arena.take<Integer<A>>(kKeys * kLanes<A>)) {}
 };
+
+// part(low, high, start) for the keys of [low, high), in groups that go with the vectors of rows from `start` on.
+template <class A, class Part>
+inline void by_group(const Seen<A>& seen, bool masked, int low, int high, const Part& part) {
+  if (!masked) {
+    part(low, high, 0);
+    return;
+  }
+  while (low < high) {
+    int start = seen.start[low / kGroup], end = (low / kGroup + 1) * kGroup;
+    while (end < high && seen.start[end / kGroup] == start) end += kGroup;
+    end = static_cast<int>(least(end, high));
+    part(low, end, start);
+    low = end;
+  }
+}
 
 // Memory for the parts of arrays by query and key that a tile needs.
 template <class A>
@@ -146,6 +166,13 @@ void fetch_dense(const Call& c, const Panel<A>& panel, int64_t key, int count, P
   }
 }
 
+template <class A>
+inline bool holds_any(Vector<Integer<A>> x) {
+  Integer<A> bits = 0;
+  for (int l = 0; l < kWidth<A>; l++) bits |= x[l];
+  return bits != 0;
+}
+
 // Evaluates the mask on the keys [key, key + count) of a partial tile.
 template <class A>
 void see(const Call& c, const Panel<A>& panel, int64_t key, int count, PairsBuffer<A>& buffer, Seen<A>& seen) {
@@ -156,7 +183,7 @@ void see(const Call& c, const Panel<A>& panel, int64_t key, int count, PairsBuff
   const int32_t* keys[kMaxComparisons];
   for (int i = 0; i < c.comparisons; i++)
     keys[i] = reinterpret_cast<const int32_t*>(c.comparison[i].keys.at(panel.lane, key));
-  V some[kTileVectors] = {};
+  V some[kTileVectors] = {}, group[kTileVectors] = {};
   seen.low = count, seen.high = 0;
   int seen_keys = 0;
   for (int j = 0; j < count; j++) {
@@ -207,15 +234,19 @@ void see(const Call& c, const Panel<A>& panel, int64_t key, int count, PairsBuff
     for (int v = 0; v < kTileVectors; v++) {
       V x = stack[0][v] & load(panel.present + v * W);
       store(seen.visible + j * L + v * W, x);
-      some[v] |= x;
+      group[v] |= x;
       any |= x;
     }
-    I bits = 0;
-    for (int l = 0; l < W; l++) bits |= any[l];
-    seen.key[j] = bits != 0;
-    if (bits) {
+    seen.key[j] = holds_any<A>(any);
+    if (seen.key[j]) {
       seen.low = static_cast<int>(least(seen.low, j)), seen.high = j + 1;
       seen_keys++;
+    }
+    if ((j + 1) % kGroup == 0 || j + 1 == count) {
+      int start = 0;
+      while (start < panel.vectors && !holds_any<A>(group[start])) start++;
+      seen.start[j / kGroup] = start;
+      for (int v = 0; v < kTileVectors; v++) some[v] |= group[v], group[v] = V{};
     }
   }
   for (int v = 0; v < kTileVectors; v++) store(seen.row + v * W, some[v]);
@@ -297,6 +328,30 @@ inline void fetch_keys(A* to, int64_t stride, const Call& c, const Array& array,
   for (int64_t j = 0; j < count; j++)
     load_row(to + j * stride, array.at(lane, ((key + j) * c.key_heads + kv) * columns), array.type, columns);
 }
+
+// Asks for rows of an array [lanes, length, heads, columns] ahead of their use, some lines at a time between other work:
+// they lie too far apart for the processor to foresee, and asked for all at once they would wait for each other.
+class Ahead {
+ public:
+  // Rows [first, end) along the length, `count` heads of each from `head` on, in about `parts` parts.
+  void aim(const Array& array, int64_t lane, int64_t first, int64_t end, int64_t heads, int64_t head, int64_t count,
+           int64_t columns, int64_t parts) {
+    const int64_t size = size_of(array.type);
+    row_ = array.at(lane, (first * heads + head) * columns);
+    stride_ = heads * columns * size, width_ = count * columns * size;
+    rows_ = most(0, end - first);
+    step_ = divide_up(rows_, most(1, parts));
+  }
+
+  void step() {
+    for (int64_t end = rows_ - least(step_, rows_); rows_ > end; rows_--, row_ += stride_)
+      for (int64_t byte = 0; byte < width_; byte += 64) __builtin_prefetch(row_ + byte, 0, 2);
+  }
+
+ private:
+  const char* row_ = nullptr;
+  int64_t stride_ = 0, width_ = 0, rows_ = 0, step_ = 0;
+};
 
 // A copy with zeros in the rows that `keep` does not name: they may hold NaN, and 0 * NaN is NaN.
 template <class A, class Flag>

@@ -86,12 +86,6 @@ template <class A>
 inline Vector<A> larger(Vector<A> x, Vector<A> y) {
   return x > y ? x : y;
 }
-#if defined(__AVX512F__)
-template <>
-inline Vector<float> larger<float>(Vector<float> x, Vector<float> y) {
-  return reinterpret_cast<Vector<float>>(_mm512_max_ps(reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(y)));
-}
-#endif
 
 // exp(x) for x <= 0; not below exp(-87) (float32) or exp(-708) (float64), also for -inf. Relative error about one unit
 // in the last place: x = n ln 2 + f, |f| <= ln(2) / 2, and a polynomial in f. Float32 has the minimax polynomial of

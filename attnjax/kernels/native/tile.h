@@ -7,6 +7,9 @@
 namespace attnjax::ATTNJAX_ISA {
 
 template <class A>
+constexpr Type kOwnType = sizeof(A) == 4 ? Type::f32 : Type::f64;
+
+template <class A>
 constexpr int kLanes = kTileVectors * kWidth<A>;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -54,16 +57,22 @@ inline void rows_of_blocks(const A* a, int64_t lda, const A* b, int64_t ldb, int
 }
 
 // The product of `rows` rows and `vectors` columns of vectors. start(m, n) gives what the sum begins with, finish(m, n,
-// sum) takes it.
-template <class A, bool flipped, class Start, class Finish>
+// sum) takes it; between() is called now and then, for what can be done in the shadow of the multiplications.
+template <class A, bool flipped, class Start, class Finish, class Between>
 inline void product(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth, int rows, int vectors,
-                    const Start& start, const Finish& finish) {
+                    const Start& start, const Finish& finish, const Between& between) {
   int m = 0;
-  for (; m + kTileRows <= rows; m += kTileRows)
+  for (; m + kTileRows <= rows; m += kTileRows) {
     rows_of_blocks<A, kTileRows, flipped>(a, lda, b, ldb, depth, m, vectors, start, finish);
+    between();
+  }
   for (; m + 2 <= rows; m += 2) rows_of_blocks<A, 2, flipped>(a, lda, b, ldb, depth, m, vectors, start, finish);
   if (m < rows) rows_of_blocks<A, 1, flipped>(a, lda, b, ldb, depth, m, vectors, start, finish);
 }
+
+struct Nothing {
+  void operator()() const {}
+};
 
 // c += a b, rows of `vectors` vectors.
 template <class A, bool flipped>
@@ -71,23 +80,23 @@ inline void add_product(A* c, int64_t ldc, const A* a, int64_t lda, const A* b, 
                         int vectors) {
   product<A, flipped>(
       a, lda, b, ldb, depth, rows, vectors, [&](int m, int n) { return load(c + m * ldc + n * kWidth<A>); },
-      [&](int m, int n, Vector<A> sum) { store(c + m * ldc + n * kWidth<A>, sum); });
+      [&](int m, int n, Vector<A> sum) { store(c + m * ldc + n * kWidth<A>, sum); }, Nothing());
 }
 
 // c = a b.
-template <class A, bool flipped>
+template <class A, bool flipped, class Between = Nothing>
 inline void set_product(A* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth, int rows,
-                        int vectors) {
+                        int vectors, const Between& between = Between()) {
   product<A, flipped>(
       a, lda, b, ldb, depth, rows, vectors, [](int, int) { return Vector<A>{}; },
-      [&](int m, int n, Vector<A> sum) { store(c + m * ldc + n * kWidth<A>, sum); });
+      [&](int m, int n, Vector<A> sum) { store(c + m * ldc + n * kWidth<A>, sum); }, between);
 }
 
 // Rows in memory, one for each lane, to `to[column][lane]`. Lanes without a row (null) become 0.
 template <class A>
 inline void rows_to_lanes(A* to, const char* const* rows, Type type, int64_t columns, int vectors) {
   constexpr int W = kWidth<A>;
-  constexpr Type own = sizeof(A) == 4 ? Type::f32 : Type::f64;
+  constexpr Type own = kOwnType<A>;
   for (int v = 0; v < vectors; v++) {
     for (int64_t c = 0; c < columns; c += W) {
       int count = static_cast<int>(least(W, columns - c));
@@ -108,11 +117,12 @@ inline void rows_to_lanes(A* to, const char* const* rows, Type type, int64_t col
   }
 }
 
-// The way back: `from[column][lane]` times a factor for each lane, to rows; what is there may be kept and added to.
+// The way back: `from[column][lane]` times a factor for each lane, to rows; or added to rows of the type A.
 template <class A>
 inline void lanes_to_rows(char* const* rows, Type type, const A* from, const A* factor, int64_t columns, int vectors,
                           bool add) {
   constexpr int W = kWidth<A>;
+  constexpr Type own = kOwnType<A>;
   for (int v = 0; v < vectors; v++) {
     Vector<A> scale = load(factor + v * W);
     for (int64_t c = 0; c < columns; c += W) {
@@ -123,17 +133,16 @@ inline void lanes_to_rows(char* const* rows, Type type, const A* from, const A* 
       for (int i = 0; i < W; i++) {
         char* row = rows[v * W + i];
         if (!row) continue;
+        A* here = reinterpret_cast<A*>(row) + c;
+        if (type == own && count == W) {
+          store(here, add ? load(here) + r[i] : r[i]);
+          continue;
+        }
         alignas(64) A part[W];
+        store(part, r[i]);
         if (add) {
-          A* here = reinterpret_cast<A*>(row) + c;
-          store(part, r[i]);
-          if (count == W) {
-            store(here, load(here) + r[i]);
-          } else {
-            for (int j = 0; j < count; j++) here[j] += part[j];
-          }
+          for (int j = 0; j < count; j++) here[j] += part[j];
         } else {
-          store(part, r[i]);
           store_row(row + c * size_of(type), part, type, count);
         }
       }
