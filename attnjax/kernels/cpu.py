@@ -122,15 +122,14 @@ def backward(
     """Gradients of the operands in `wanted`: pairs of position and shape (batch axes of size 1 are summed over)."""
     call = _Call(problem, operands)
     shapes, made = dict(wanted), {}
-    delta = row_delta(rows, ct_out, ct_lse)
     if problem.program.sinks and 3 in shapes:
-        made[3] = sink_gradient(operands[3], rows, delta, shapes[3])
+        made[3] = sink_gradient(operands[3], rows, row_delta(rows, ct_out, ct_lse), shapes[3])
     first_three = {i: (*problem.sizes.batch, *operands[i].shape[-3:]) for i in range(3) if i in shapes}
     scores = {n: score.gradient_shape(shapes) for n, score in enumerate(call.scores) if score.wanted(shapes)}
     flags = [i in first_three for i in range(3)] + [n in scores for n in range(len(call.scores))]
     if any(flags):
         results = [jax.ShapeDtypeStruct(s, problem.accumulate) for s in (*first_three.values(), *scores.values())]
-        given = [rows.highest, rows.total, ct_out.astype(problem.dtype), delta]
+        given = [*rows, ct_out.astype(problem.dtype), ct_lse.astype(problem.accumulate)]
         attributes = call.attributes | {"wanted": np.array(flags, np.int64)}
         gradients = iter(_run("backward", [*call.operands, *given], results, attributes))
         for i in first_three:

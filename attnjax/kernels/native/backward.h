@@ -22,6 +22,7 @@ class Backward {
   struct Shared {
     Ticket* panels;     // [lanes][key heads][panels]
     int32_t* distance;  // [lanes][key heads]: spans that have added their sums by distance
+    A* delta;           // [lanes, T, N]: what is subtracted from the cotangent of every weight of a row
     int64_t count;      // panels of a key/value head
     int64_t spans;
   };
@@ -29,11 +30,13 @@ class Backward {
  public:
   static void run(const Call& c, const Run& run) {
     const int64_t rows = c.queries * (c.heads / c.key_heads), heads = c.lanes * c.key_heads;
-    Shared shared{nullptr, nullptr, divide_up(rows, L), divide_up(c.keys, kSpan)};
+    Shared shared{nullptr, nullptr, nullptr, divide_up(rows, L), divide_up(c.keys, kSpan)};
     const int64_t tickets = heads * shared.count * static_cast<int64_t>(sizeof(Ticket));
-    char* memory = static_cast<char*>(run.reserve(tickets + heads * 4));
-    shared.panels = reinterpret_cast<Ticket*>(memory);
-    shared.distance = reinterpret_cast<int32_t*>(memory + tickets);
+    const int64_t deltas = heads * rows * static_cast<int64_t>(sizeof(A));
+    char* memory = static_cast<char*>(run.reserve(deltas + tickets + heads * 4));
+    shared.delta = reinterpret_cast<A*>(memory);
+    shared.panels = reinterpret_cast<Ticket*>(memory + deltas);
+    shared.distance = reinterpret_cast<int32_t*>(memory + deltas + tickets);
     for_each(run, heads, [&](int64_t head) {
       shared.distance[head] = 0;
       Panel<A> panel;
@@ -42,6 +45,7 @@ class Backward {
         int32_t first = next(c, panel, shared, 0);
         shared.panels[head * shared.count + p] = {first, first};
         if (first == shared.spans) clear(c, panel);
+        subtrahends(c, panel, shared.delta);
       }
     });
     for (int i = 0; i < c.scores; i++) clear(c.score[i], run);
@@ -116,6 +120,21 @@ class Backward {
     return static_cast<int32_t>(span);
   }
 
+  // delta = sum(d_out * out) - d_lse, of the rows of a panel.
+  static void subtrahends(const Call& c, const Panel<A>& panel, A* delta) {
+    const Type type = c.query.type;
+    for (int l = 0; l < panel.rows; l++) {
+      const int64_t row = (panel.lane * c.queries + panel.t[l]) * c.heads + panel.head[l];
+      const char* out = static_cast<const char*>(c.out) + row * c.value_size * size_of(type);
+      const char* d_out = static_cast<const char*>(c.d_out) + row * c.value_size * size_of(type);
+      V sum = {};
+      for (int64_t v = 0; v < c.value_size; v += W) sum += fetch<A>(out, type, v, c.value_size) * fetch<A>(d_out, type, v, c.value_size);
+      A all = 0;
+      for (int i = 0; i < W; i++) all += sum[i];
+      delta[row] = all - static_cast<const A*>(c.d_lse)[row];
+    }
+  }
+
   // Gradients of queries that no task visits.
   static void clear(const Call& c, const Panel<A>& panel) {
     for (int l = 0; l < panel.rows; l++) {
@@ -181,7 +200,7 @@ class Backward {
       bool present = l < panel_.rows;
       share_[l] = present && total != 0 ? 1 / total : A(0);
       highest_[l] = present && highest != -static_cast<A>(__builtin_inf()) ? highest : A(0);
-      delta_[l] = present ? static_cast<const A*>(c_.delta)[row] : A(0);
+      delta_[l] = present ? shared_.delta[row] : A(0);
     }
     look_ahead(keys);
     std::memset(by_query_, 0, sizeof(by_query_));

@@ -79,12 +79,12 @@ struct Call {
   bool kinds_by_head = false;
 
   // Results and, for the backward, what the forward gave. [lanes, T, N(, V)], contiguous.
-  void* out = nullptr;
+  void* out = nullptr;  // in the query's type
   void* highest = nullptr;
   void* total = nullptr;
   const int64_t* rows = nullptr;  // where batch entry b of the output starts, in elements
   const void* d_out = nullptr;  // in the query's type
-  const void* delta = nullptr;
+  const void* d_lse = nullptr;
   void* d_query = nullptr;  // accumulation type; null where not wanted
   void* d_key = nullptr;
   void* d_value = nullptr;

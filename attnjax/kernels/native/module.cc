@@ -445,12 +445,15 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
     Reader reader(args, rets, attributes);
     Call c = read_call(reader);
     const auto type = c.wide ? ffi::DataType::F64 : ffi::DataType::F32;
+    auto out = reader.next("out");
+    if (Reader::float_type(out, "out") != c.query.type) refuse("out has the wrong type");
+    c.out = reader.whole(out, "out", {c.queries, c.heads, c.value_size}, out.element_type());
     c.highest = reader.whole(reader.next("highest"), "highest", {c.queries, c.heads}, type);
     c.total = reader.whole(reader.next("total"), "total", {c.queries, c.heads}, type);
     auto d_out = reader.next("cotangent of out");
     if (Reader::float_type(d_out, "cotangent of out") != c.query.type) refuse("the cotangent of out has the wrong type");
     c.d_out = reader.whole(d_out, "cotangent of out", {c.queries, c.heads, c.value_size}, d_out.element_type());
-    c.delta = reader.whole(reader.next("delta"), "delta", {c.queries, c.heads}, type);
+    c.d_lse = reader.whole(reader.next("cotangent of lse"), "cotangent of lse", {c.queries, c.heads}, type);
     std::vector<int64_t> rows = row_starts(c);
     c.rows = rows.data();
     auto wanted = reader.list<int64_t>("wanted");

@@ -208,6 +208,9 @@ inline uint16_t to_f16(float x) {
 }
 
 template <class A>
+constexpr Type kOwnType = sizeof(A) == 4 ? Type::f32 : Type::f64;
+
+template <class A>
 inline void load_row(A* to, const void* from, Type type, int64_t n) {
   switch (type) {
     case Type::f32:
@@ -226,6 +229,15 @@ inline void load_row(A* to, const void* from, Type type, int64_t n) {
       for (int64_t i = 0; i < n; i++) to[i] = static_cast<A>(static_cast<const uint8_t*>(from)[i]);
       break;
   }
+}
+
+// The vector of a row's numbers from `at` on; zeros behind the row's end.
+template <class A>
+inline Vector<A> fetch(const char* row, Type type, int64_t at, int64_t columns) {
+  if (type == kOwnType<A> && at + kWidth<A> <= columns) return load(reinterpret_cast<const A*>(row) + at);
+  alignas(64) A part[kWidth<A>] = {};
+  load_row(part, row + at * size_of(type), type, columns - at < kWidth<A> ? columns - at : kWidth<A>);
+  return load(part);
 }
 
 template <class A>

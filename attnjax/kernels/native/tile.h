@@ -7,9 +7,6 @@
 namespace attnjax::ATTNJAX_ISA {
 
 template <class A>
-constexpr Type kOwnType = sizeof(A) == 4 ? Type::f32 : Type::f64;
-
-template <class A>
 constexpr int kLanes = kTileVectors * kWidth<A>;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
