@@ -1,5 +1,6 @@
-# Every target needs Python 3.11 or newer with pip, nothing else. The virtual environment is made when it is
-# missing, and each extra is installed again only when pyproject.toml (or CONSTRAINTS) has changed.
+# Every target needs Python 3.11 or newer with pip, nothing else; a C++ compiler makes attention on CPUs faster. The
+# virtual environment is made when it is missing, and what is in it is installed again only when pyproject.toml (or
+# CONSTRAINTS) or the C++ has changed.
 #
 #   make bench ARGS="--list"                      arguments for the command behind a target
 #   make bench PEERS=1                            install the peers too (torch or tokamax: large), then compare
@@ -15,11 +16,13 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-
+PIP = $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+NATIVE := attnjax/kernels/native
 DOCS := docs/_build/html
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench test lint format typecheck docs clean distclean
+.PHONY: help bench test sanitize lint format typecheck docs clean distclean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -29,6 +32,14 @@ bench: $(STAMP)bench $(if $(PEERS),$(STAMP)peers)  ## compare attention on this 
 
 test: $(STAMP)dev  ## run the tests and the examples in the docstrings
 	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules tests attnjax $(ARGS)
+
+sanitize: $(STAMP)dev  ## run the C++ under sanitizers: addresses, undefined behaviour, threads
+	set -e; for kinds in address,undefined thread; do \
+	  build=build/sanitize-$$kinds; \
+	  $(BIN)/cmake -S tests/native -B $$build -DSANITIZE=$$kinds -DPython_EXECUTABLE=$(abspath $(BIN))/python; \
+	  $(BIN)/cmake --build $$build --parallel $(WORKERS); \
+	  $$build/frames $$build/native/libattnjax_cpu.so $(ARGS); \
+	done
 
 lint: $(STAMP)dev  ## check style and formatting
 	$(BIN)/ruff check .
@@ -45,15 +56,21 @@ docs: $(STAMP)docs  ## build the site; its pages are executed
 	$(BIN)/sphinx-build -W --keep-going docs $(DOCS)
 
 clean:  ## remove what was built, keep the environments
-	rm -rf build dist docs/_build .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist docs/_build .pytest_cache .ruff_cache .hypothesis .benchmarks .venv*/.installed-*
+	find $(NATIVE) -mindepth 1 -maxdepth 1 ! -name '*.cc' ! -name '*.h' ! -name CMakeLists.txt -exec rm -rf {} +
 	find . -name '.?*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the environments as well
 	rm -rf $(VENV) .venv-floor .venv-newest
 
-# One stamp per extra, so that `make bench` never waits for documentation tools.
-$(STAMP)%: pyproject.toml $(CONSTRAINTS) | $(VENV)/pyvenv.cfg
-	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[$*]'
+# The package has a stamp of its own, so that the C++ is compiled once for all extras; and there is one stamp per extra,
+# so that `make bench` never waits for documentation tools.
+$(STAMP)%: $(STAMP)package
+	$(PIP) 'attnjax[$*]'
+	@touch $@
+
+$(STAMP)package: pyproject.toml $(CONSTRAINTS) $(NATIVE)/CMakeLists.txt $(wildcard $(NATIVE)/*.cc $(NATIVE)/*.h) | $(VENV)/pyvenv.cfg
+	$(PIP) --editable .
 	@touch $@
 
 $(VENV)/pyvenv.cfg:

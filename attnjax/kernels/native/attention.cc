@@ -9,12 +9,21 @@
 namespace attnjax::ATTNJAX_ISA {
 namespace {
 
+bool in_pairs(const Call& c) { return kMultipliesPairs && c.query.type == Type::bf16; }
+
 template <class A>
 void forward(const Call& c, const Run& run) {
-  if (Decode<A>::takes(c))
-    Decode<A>::run(c, run);
-  else
-    Forward<A>::run(c, run);
+  if (Decode<A>::takes(c)) return Decode<A>::run(c, run);
+  if constexpr (kMultipliesPairs && sizeof(A) == 4)
+    if (in_pairs(c)) return Forward<A, uint32_t>::run(c, run);
+  Forward<A, A>::run(c, run);
+}
+
+template <class A>
+void backward(const Call& c, const Run& run) {
+  if constexpr (kMultipliesPairs && sizeof(A) == 4)
+    if (in_pairs(c)) return Backward<A, uint32_t>::run(c, run);
+  Backward<A, A>::run(c, run);
 }
 
 }  // namespace
@@ -22,7 +31,7 @@ void forward(const Call& c, const Run& run) {
 extern const Kernels kernels = {
     ATTNJAX_TEXT(ATTNJAX_ISA),
     [](const Call& c, const Run& run) { c.wide ? forward<double>(c, run) : forward<float>(c, run); },
-    [](const Call& c, const Run& run) { c.wide ? Backward<double>::run(c, run) : Backward<float>::run(c, run); },
+    [](const Call& c, const Run& run) { c.wide ? backward<double>(c, run) : backward<float>(c, run); },
 };
 
 }  // namespace attnjax::ATTNJAX_ISA

@@ -8,9 +8,11 @@
 
 namespace attnjax::ATTNJAX_ISA {
 
-template <class A>
+// E is the type of the factors of the products: A, or uint32_t for pairs of bfloat16.
+template <class A, class E>
 class Backward {
   static constexpr int L = kLanes<A>, W = kWidth<A>;
+  static constexpr bool kPaired = !std::is_same_v<A, E>;
   static constexpr int64_t kSpan = 2 * kKeys;  // keys of a task
   using V = Vector<A>;
 
@@ -69,21 +71,26 @@ class Backward {
         shared_(shared),
         wide_h_(padded(c.head_size)),
         wide_v_(padded(c.value_size)),
+        depth_h_(depth_of<A, E>(c.head_size)),
+        depth_v_(depth_of<A, E>(c.value_size)),
         arena_(memory),
-        key_(arena_.take<A>(kSpan * c.head_size)),
-        value_(arena_.take<A>(kSpan * c.value_size)),
+        key_(arena_.take<E>(kSpan * depth_h_)),
+        value_(arena_.take<E>(kSpan * depth_v_)),
+        key_down_(kPaired ? arena_.take<E>(kSpan / 2 * c.head_size) : key_),
         d_key_(arena_.take<A>(kSpan * wide_h_)),
         d_value_(arena_.take<A>(kSpan * wide_v_)),
-        query_(arena_.take<A>(c.head_size * L)),
+        query_(arena_.take<E>(depth_h_ * L)),
         d_query_(arena_.take<A>(c.head_size * L)),
-        d_out_(arena_.take<A>(c.value_size * L)),
-        query_rows_(arena_.take<A>(L * wide_h_)),
-        d_out_rows_(arena_.take<A>(L * wide_v_)),
-        clean_key_(arena_.take<A>(kKeys * c.head_size)),
-        clean_rows_(arena_.take<A>(L * wide_h_)),
+        d_out_(arena_.take<E>(depth_v_ * L)),
+        query_rows_(arena_.take<E>(L * wide_h_)),
+        d_out_rows_(arena_.take<E>(L * wide_v_)),
+        clean_key_(arena_.take<E>(kKeys * c.head_size)),
+        clean_rows_(arena_.take<E>(L * wide_h_)),
         weights_(arena_.take<A>(kKeys * L)),
         change_(arena_.take<A>(kKeys * L)),
         slope_(arena_.take<A>(kKeys * L)),
+        pairs_(kPaired ? arena_.take<E>(kKeys * L) : nullptr),
+        room_(kPaired ? arena_.take<A>(L * most(wide_h_, wide_v_)) : nullptr),
         seen_(arena_),
         buffer_(c, arena_) {
     const int64_t group = c.heads / c.key_heads;
@@ -99,7 +106,7 @@ class Backward {
 
   static int64_t bytes(const Call& c) {
     const int64_t h = padded(c.head_size), v = padded(c.value_size), group = c.heads / c.key_heads;
-    int64_t tiles = 2 * kSpan * (h + v) + L * (4 * h + 2 * v) + kKeys * h + kKeys * L * (5 + c.denses);
+    int64_t tiles = 2 * kSpan * (h + v) + L * (5 * h + 3 * v) + (kKeys + kSpan) * h + kKeys * L * (6 + c.denses);
     int64_t sums = c.scores * group * (c.queries + kSpan);
     return (tiles + sums) * static_cast<int64_t>(sizeof(A)) + 8192;
   }
@@ -156,8 +163,14 @@ class Backward {
     lane_ = head / c_.key_heads, kv_ = head % c_.key_heads;
     start_ = number * kSpan;
     const int64_t keys = least(kSpan, c_.keys - start_), group = c_.heads / c_.key_heads;
-    fetch_keys(key_, c_.head_size, c_, c_.key, lane_, kv_, start_, keys, c_.head_size);
-    fetch_keys(value_, c_.value_size, c_, c_.value, lane_, kv_, start_, keys, c_.value_size);
+    if constexpr (kPaired) {
+      fetch_keys_paired(key_, depth_h_, c_, c_.key, lane_, kv_, start_, keys, c_.head_size);
+      fetch_keys_paired(value_, depth_v_, c_, c_.value, lane_, kv_, start_, keys, c_.value_size);
+      fetch_keys_in_pairs(key_down_, c_, c_.key, lane_, kv_, start_, keys, c_.head_size);
+    } else {
+      fetch_keys(key_, c_.head_size, c_, c_.key, lane_, kv_, start_, keys, c_.head_size);
+      fetch_keys(value_, c_.value_size, c_, c_.value, lane_, kv_, start_, keys, c_.value_size);
+    }
     std::memset(d_key_, 0, kSpan * wide_h_ * sizeof(A));
     std::memset(d_value_, 0, kSpan * wide_v_ * sizeof(A));
     for (int i = 0; i < c_.scores; i++) {
@@ -171,6 +184,8 @@ class Backward {
       pass(static_cast<int>(keys));
       add_by_query(shared_.panels[head * shared_.count + p], static_cast<int32_t>(number));
     }
+    if (kPaired)  // otherwise the queries were scaled
+      for (int64_t i = 0; i < keys * wide_h_; i++) d_key_[i] *= static_cast<A>(c_.scale);
     for (int64_t j = 0; j < keys; j++) {
       int64_t row = (lane_ * c_.keys + start_ + j) * c_.key_heads + kv_;
       if (c_.d_key) std::memcpy(static_cast<A*>(c_.d_key) + row * c_.head_size, d_key_ + j * wide_h_, c_.head_size * sizeof(A));
@@ -185,14 +200,16 @@ class Backward {
     char* rows[L];
     const int vectors = panel_.vectors;
     panel_.rows_of(c_.query, c_.heads, c_.head_size, rows);
-    rows_to_lanes<A>(query_, rows, c_.query.type, c_.head_size, vectors);
-    const V scale = splat<A>(static_cast<A>(c_.scale));
-    for (int64_t d = 0; d < c_.head_size; d++)
-      for (int v = 0; v < vectors; v++) store(query_ + d * L + v * W, load(query_ + d * L + v * W) * scale);
+    query_to_lanes(c_, panel_, rows, query_, room_);
     copy_rows(query_rows_, wide_h_, rows, c_.query.type, c_.head_size, static_cast<A>(c_.scale));
     Array d_out{const_cast<void*>(c_.d_out), c_.query.type, c_.rows};
     panel_.rows_of(d_out, c_.heads, c_.value_size, rows);
-    rows_to_lanes<A>(d_out_, rows, c_.query.type, c_.value_size, vectors);
+    if constexpr (kPaired) {
+      rows_to_lanes<A>(room_, rows, c_.query.type, c_.value_size, vectors);
+      pair_rows(d_out_, room_, L, static_cast<int>(c_.value_size), vectors);
+    } else {
+      rows_to_lanes<A>(d_out_, rows, c_.query.type, c_.value_size, vectors);
+    }
     copy_rows(d_out_rows_, wide_v_, rows, c_.query.type, c_.value_size, A(1));
     for (int l = 0; l < L; l++) {
       int64_t row = (panel_.lane * c_.queries + panel_.t[l]) * c_.heads + panel_.head[l];
@@ -228,28 +245,32 @@ class Backward {
                     c_.value_size, parts);
   }
 
-  static void copy_rows(A* to, int64_t stride, char* const* rows, Type type, int64_t columns, A factor) {
+  // Rows as they are, or, in pairs, two to a row; `factor` is for those that are not pairs.
+  void copy_rows(E* to, int64_t stride, char* const* rows, Type type, int64_t columns, A factor) {
+    A* plain = kPaired ? room_ : reinterpret_cast<A*>(to);
     for (int l = 0; l < L; l++) {
-      A* row = to + l * stride;
+      A* row = plain + l * stride;
       if (rows[l])
         load_row(row, rows[l], type, columns);
       else
         std::memset(row, 0, columns * sizeof(A));
-      for (int64_t d = 0; d < columns; d++) row[d] *= factor;
+      if (!kPaired)
+        for (int64_t d = 0; d < columns; d++) row[d] *= factor;
       for (int64_t d = columns; d < stride; d++) row[d] = 0;
     }
+    if constexpr (kPaired) pair_rows(to, plain, stride, L, static_cast<int>(stride / W));
   }
 
   void tile(int from, int count, bool masked) {
     const int vectors = panel_.vectors;
-    const int64_t key = start_ + from, h = c_.head_size, v_size = c_.value_size;
+    const int64_t key = start_ + from;
     int low = 0, high = count;
     if (masked) {
       see(c_, panel_, key, count, buffer_, seen_);
       low = seen_.low, high = seen_.high;
       if (low >= high) return;
     }
-    const A *keys = key_ + from * h, *values = value_ + from * v_size;
+    const E *keys = key_ + from * depth_h_, *values = value_ + from * depth_v_;
     V highest[kTileVectors], share[kTileVectors], delta[kTileVectors];
     for (int v = 0; v < vectors; v++) {
       highest[v] = load(highest_ + v * W);
@@ -257,8 +278,9 @@ class Backward {
       delta[v] = load(delta_ + v * W);
     }
     by_group(seen_, masked, low, high, [&](int first, int last, int start) {
-      set_product<A, false>(weights_ + first * L + start * W, L, keys + first * h, h, query_ + start * W, L, h,
-                            last - first, vectors - start, [&] { next_query_.step(), next_d_out_.step(); });
+      set_product<A, false>(weights_ + first * L + start * W, L, keys + first * depth_h_, depth_h_, query_ + start * W,
+                            L, depth_h_, last - first, vectors - start, static_cast<A>(c_.scale),
+                            [&] { next_query_.step(), next_d_out_.step(); });
     });
     if (c_.scores) modify<A>(c_, panel_, key, low, high, weights_, capped() ? slope_ : nullptr, buffer_);
     const V lowest = splat<A>(-static_cast<A>(__builtin_inf()));
@@ -281,8 +303,8 @@ class Backward {
     alignas(64) Integer<A> keep[L];
     const V kept_factor = splat<A>(static_cast<A>(1 / (1 - c_.dropout)));
     by_group(seen_, masked, low, high, [&](int first, int last, int start) {
-      set_product<A, false>(change_ + first * L + start * W, L, values + first * v_size, v_size, d_out_ + start * W, L,
-                            v_size, last - first, vectors - start);
+      set_product<A, false>(change_ + first * L + start * W, L, values + first * depth_v_, depth_v_, d_out_ + start * W,
+                            L, depth_v_, last - first, vectors - start, A(1));
     });
     for (int j = low; j < high; j++) {
       if (dropping) kept(c_, panel_, key + j, keep);
@@ -301,29 +323,63 @@ class Backward {
     }
     if (c_.d_value) add_by_key(d_value_, weights_, d_out_rows_, wide_v_, from, low, high, masked);
     for (int i = c_.scores - 1; i >= 0; i--) unmodify(i, key, from, low, high);
-    const A *queries = query_rows_, *clean_keys = keys;
-    if (masked && rows_hidden()) {
-      copy_kept(clean_rows_, query_rows_, wide_h_, 0, panel_.rows, seen_.row);
-      queries = clean_rows_;
+    if (c_.d_key) {
+      const E* queries = query_rows_;
+      if (masked && rows_hidden()) {
+        if constexpr (kPaired)
+          copy_kept_pairs(clean_rows_, query_rows_, wide_h_, 0, panel_.rows, seen_.row);
+        else
+          copy_kept(clean_rows_, query_rows_, wide_h_, 0, panel_.rows, seen_.row);
+        queries = clean_rows_;
+      }
+      add_by_key(d_key_, change_, queries, wide_h_, from, low, high, masked);
     }
-    if (masked && seen_.gaps) {
-      copy_kept(clean_key_, keys, h, low, high, seen_.key);
-      clean_keys = clean_key_;
-    }
-    if (c_.d_key) add_by_key(d_key_, change_, queries, wide_h_, from, low, high, masked);
-    if (c_.d_query)
-      add_product<A, true>(d_query_, L, clean_keys + low * h, h, change_ + low * L, L, high - low, static_cast<int>(h),
-                           vectors);
+    if (c_.d_query) add_to_query(from, low, high, masked && seen_.gaps);
   }
 
   // sums[key] += pairs[key][row] rows[row]
-  void add_by_key(A* sums, const A* pairs, const A* rows, int64_t wide, int from, int low, int high, bool masked) {
+  void add_by_key(A* sums, const A* pairs, const E* rows, int64_t wide, int from, int low, int high, bool masked) {
+    const E* factors = nullptr;
+    int64_t stride = L;
+    if constexpr (kPaired) {
+      stride = L / 2;
+      for (int i = low * L; i < high * L; i += W) store_halves(pairs_ + i / 2, load(pairs + i));
+      factors = pairs_;
+    } else {
+      factors = pairs;
+    }
     by_group(seen_, masked, low, high, [&](int first, int last, int start) {
-      const int lanes = start * W;
+      const int lanes = start * W, skipped = kPaired ? lanes / 2 : lanes;
       if (lanes < panel_.rows)
-        add_product<A, false>(sums + (from + first) * wide, wide, pairs + first * L + lanes, L, rows + lanes * wide, wide,
-                              panel_.rows - lanes, last - first, static_cast<int>(wide / W));
+        add_product<A, false>(sums + (from + first) * wide, wide, factors + first * stride + skipped, stride,
+                              rows + skipped * wide, wide, depth_of<A, E>(panel_.rows - lanes), last - first,
+                              static_cast<int>(wide / W));
     });
+  }
+
+  // d_query[column][row] += key[column] change[key][row]
+  void add_to_query(int from, int low, int high, bool gaps) {
+    const int64_t h = c_.head_size;
+    const E *keys = nullptr, *change = nullptr;
+    if constexpr (kPaired) {
+      // Pairs begin at even keys. The changes of keys that were not looked at are 0.
+      if (low % 2) std::memset(change_ + --low * L, 0, L * sizeof(A));
+      pair_rows(pairs_, change_ + low * L, L, high - low, panel_.vectors);
+      keys = key_down_ + from / 2 * h, change = pairs_;
+      if (gaps) {
+        copy_kept_pairs(clean_key_, keys, h, low, high, seen_.key);
+        keys = clean_key_;
+      }
+      keys += low / 2 * h;
+    } else {
+      keys = key_ + from * h, change = change_ + low * L;
+      if (gaps) {
+        copy_kept(clean_key_, keys, h, low, high, seen_.key);
+        keys = clean_key_;
+      }
+      keys += low * h;
+    }
+    add_product<A, true>(d_query_, L, keys, h, change, L, depth_of<A, E>(high - low), static_cast<int>(h), panel_.vectors);
   }
 
   bool rows_hidden() const {
@@ -434,10 +490,17 @@ class Backward {
   const Call& c_;
   const Run& run_;
   const Shared& shared_;
-  const int64_t wide_h_, wide_v_;
+  const int64_t wide_h_, wide_v_, depth_h_, depth_v_;
   Arena arena_;
-  A *key_, *value_, *d_key_, *d_value_, *query_, *d_query_, *d_out_, *query_rows_, *d_out_rows_, *clean_key_, *clean_rows_;
+  E *key_, *value_;  // [key][depth]
+  E* key_down_;      // [key in steps of the depth][H]
+  A *d_key_, *d_value_;
+  E* query_;
+  A* d_query_;
+  E *d_out_, *query_rows_, *d_out_rows_, *clean_key_, *clean_rows_;
   A *weights_, *change_, *slope_;
+  E* pairs_;
+  A* room_;
   Seen<A> seen_;
   PairsBuffer<A> buffer_;
   A* sums_[kMaxScores] = {};

@@ -5,15 +5,17 @@
 
 namespace attnjax::ATTNJAX_ISA {
 
-template <class A>
+// E is the type of the factors of the products: A, or uint32_t for pairs of bfloat16.
+template <class A, class E>
 class Forward {
   static constexpr int L = kLanes<A>, W = kWidth<A>;
+  static constexpr bool kPaired = !std::is_same_v<A, E>;
   using V = Vector<A>;
 
   // What a panel has summed so far.
   struct State {
     Panel<A> panel;
-    A* query;  // [H][lane], scaled
+    E* query;  // [H][lane]; scaled, but not pairs
     A* out;    // [V][lane]
     bool started;
     alignas(64) A highest[L], total[L];
@@ -39,20 +41,22 @@ class Forward {
       : c_(c),
         arena_(memory),
         states_(arena_.take<State>(panels)),
-        key_(arena_.take<A>(kKeys * c.head_size)),
-        value_(arena_.take<A>(kKeys * c.value_size)),
-        clean_(arena_.take<A>(kKeys * c.value_size)),
+        depth_(depth_of<A, E>(c.head_size)),
+        key_(arena_.take<E>(kKeys * depth_)),
+        value_(arena_.take<E>(kKeys * c.value_size)),
+        clean_(arena_.take<E>(kKeys * c.value_size)),
         weights_(arena_.take<A>(kKeys * L)),
+        pairs_(kPaired ? arena_.take<E>(most(kKeys, 2 * c.head_size) / 2 * L) : nullptr),
         seen_(arena_),
         buffer_(c, arena_) {
     for (int64_t p = 0; p < panels; p++) {
-      states_[p].query = arena_.take<A>(c.head_size * L);
+      states_[p].query = arena_.take<E>(depth_ * L);
       states_[p].out = arena_.take<A>(c.value_size * L);
     }
   }
 
   static int64_t bytes(const Call& c, int64_t panels) {
-    int64_t tiles = kKeys * (c.head_size + 2 * c.value_size) + kKeys * L * (3 + c.denses);
+    int64_t tiles = kKeys * (c.head_size + 2 * c.value_size) + kKeys * L * (4 + c.denses) + c.head_size * L;
     int64_t each = (c.head_size + c.value_size) * L;
     return (tiles + panels * each) * static_cast<int64_t>(sizeof(A)) + panels * static_cast<int64_t>(sizeof(State)) + 8192;
   }
@@ -68,8 +72,7 @@ class Forward {
         int kind = kind_of(c_, state.panel, key, key + keys);
         if (!kind) continue;
         if (!fetched) {
-          fetch_keys(key_, c_.head_size, c_, c_.key, lane, kv, key, keys, c_.head_size);
-          fetch_keys(value_, c_.value_size, c_, c_.value, lane, kv, key, keys, c_.value_size);
+          fetch(lane, kv, key, keys);
           fetched = true;
           look_ahead(lane, kv, key + kKeys, count);
         }
@@ -87,6 +90,16 @@ class Forward {
     for (int p = 0; p < count; p++) finish(states_[p]);
   }
 
+  void fetch(int64_t lane, int64_t kv, int64_t key, int64_t keys) {
+    if constexpr (kPaired) {
+      fetch_keys_paired(key_, depth_, c_, c_.key, lane, kv, key, keys, c_.head_size);
+      fetch_keys_in_pairs(value_, c_, c_.value, lane, kv, key, keys, c_.value_size);
+    } else {
+      fetch_keys(key_, c_.head_size, c_, c_.key, lane, kv, key, keys, c_.head_size);
+      fetch_keys(value_, c_.value_size, c_, c_.value, lane, kv, key, keys, c_.value_size);
+    }
+  }
+
   // To the next tile of keys and values, while `count` panels take in this one.
   void look_ahead(int64_t lane, int64_t kv, int64_t key, int count) {
     const int64_t first = least(c_.keys, key), end = least(c_.keys, key + kKeys);
@@ -100,13 +113,7 @@ class Forward {
     state.started = false;
     char* rows[L];
     state.panel.rows_of(c_.query, c_.heads, c_.head_size, rows);
-    rows_to_lanes<A>(state.query, rows, c_.query.type, c_.head_size, state.panel.vectors);
-    V scale = splat<A>(static_cast<A>(c_.scale));
-    for (int64_t d = 0; d < c_.head_size; d++)
-      for (int v = 0; v < state.panel.vectors; v++) {
-        A* at = state.query + d * L + v * W;
-        store(at, load(at) * scale);
-      }
+    query_to_lanes(c_, state.panel, rows, state.query, reinterpret_cast<A*>(pairs_));
     for (int v = 0; v < kTileVectors; v++) {
       store(state.highest + v * W, splat<A>(-static_cast<A>(__builtin_inf())));
       store(state.total + v * W, V{});
@@ -125,19 +132,21 @@ class Forward {
     }
     V highest[kTileVectors], before[kTileVectors];
     for (int v = 0; v < vectors; v++) before[v] = highest[v] = load(state.highest + v * W);
-    const A *keys = key_ + from * c_.head_size, *values = value_ + from * c_.value_size;
+    const E *keys = key_ + from * depth_, *values = value_ + (kPaired ? from / 2 : from) * c_.value_size;
     if (!masked && !c_.scores) {
       product<A, false>(
-          keys, c_.head_size, state.query, L, c_.head_size, high, vectors, [](int, int) { return V{}; },
+          keys, depth_, state.query, L, depth_, high, vectors, [](int, int) { return V{}; },
           [&](int m, int n, V sum) {
+            if constexpr (kPaired) sum = sum * splat<A>(static_cast<A>(c_.scale));
             store(weights_ + m * L + n * W, sum);
             highest[n] = larger<A>(sum, highest[n]);
           },
           [&] { next_key_.step(), next_value_.step(); });
     } else {
       by_group(seen_, masked, low, high, [&](int first, int last, int start) {
-        set_product<A, false>(weights_ + first * L + start * W, L, keys + first * c_.head_size, c_.head_size,
-                              state.query + start * W, L, c_.head_size, last - first, vectors - start);
+        set_product<A, false>(weights_ + first * L + start * W, L, keys + first * depth_, depth_,
+                              state.query + start * W, L, depth_, last - first, vectors - start,
+                              static_cast<A>(c_.scale));
       });
       if (c_.scores) modify<A>(c_, panel, key + from, low, high, weights_, nullptr, buffer_);
       const V hidden = splat<A>(-static_cast<A>(__builtin_inf()));
@@ -154,9 +163,24 @@ class Forward {
     V shrink[kTileVectors];
     exponentiate(state, low, high, masked || may_forbid(c_), highest, shrink);
     if (c_.dropout > 0) drop(panel, key + from, low, high);
-    if (masked && seen_.gaps) {
-      copy_kept(clean_, values, c_.value_size, low, high, seen_.key);
-      values = clean_;
+    const E* factors = nullptr;
+    if constexpr (kPaired) {
+      // Pairs begin at even keys. The weights of keys that were not looked at are 0.
+      if (low % 2) std::memset(weights_ + --low * L, 0, L * sizeof(A));
+      pair_rows(pairs_, weights_ + low * L, L, high - low, vectors);
+      factors = pairs_;
+      if (masked && seen_.gaps) {
+        copy_kept_pairs(clean_, values, c_.value_size, low, high, seen_.key);
+        values = clean_;
+      }
+      values += low / 2 * c_.value_size;
+    } else {
+      factors = weights_ + low * L;
+      if (masked && seen_.gaps) {
+        copy_kept(clean_, values, c_.value_size, low, high, seen_.key);
+        values = clean_;
+      }
+      values += low * c_.value_size;
     }
     bool moved = false;
     for (int v = 0; v < vectors; v++) {
@@ -167,9 +191,9 @@ class Forward {
     }
     A* out = state.out;
     auto keep = [&](int m, int n, V sum) { store(out + m * L + n * W, sum); };
-    auto sum_values = [&](const auto& from) {
-      product<A, true>(values + low * c_.value_size, c_.value_size, weights_ + low * L, L, high - low,
-                       static_cast<int>(c_.value_size), vectors, from, keep, Nothing());
+    auto sum_values = [&](const auto& start) {
+      product<A, true>(values, c_.value_size, factors, L, depth_of<A, E>(high - low), static_cast<int>(c_.value_size),
+                       vectors, start, keep, Nothing());
     };
     if (!state.started)
       sum_values([](int, int) { return V{}; });
@@ -259,7 +283,10 @@ class Forward {
   const Call& c_;
   Arena arena_;
   State* states_;
-  A *key_, *value_, *clean_, *weights_;
+  const int64_t depth_;
+  E *key_, *value_, *clean_;
+  A* weights_;
+  E* pairs_;
   Seen<A> seen_;
   PairsBuffer<A> buffer_;
   Ahead next_key_, next_value_;

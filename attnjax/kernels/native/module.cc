@@ -31,6 +31,7 @@ ATTNJAX_DECLARE(portable)
 #if defined(ATTNJAX_X86)
 ATTNJAX_DECLARE(avx2)
 ATTNJAX_DECLARE(avx512)
+ATTNJAX_DECLARE(avx512_bf16)
 #endif
 
 namespace {
@@ -45,6 +46,7 @@ const std::vector<const Kernels*>& instruction_sets() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512_bf16::kernels);
     if (avx512) sets.push_back(&avx512::kernels);
     if (avx2) sets.push_back(&avx2::kernels);
 #endif

@@ -321,6 +321,35 @@ inline bool may_forbid(const Call& c) {
   return false;
 }
 
+// How many steps a product over `size` numbers takes.
+template <class A, class E>
+inline int64_t depth_of(int64_t size) {
+  return std::is_same_v<A, E> ? size : (size + 1) / 2;
+}
+
+// As `fetch_keys`, in pairs along the columns: `to[key][depth]`; from bfloat16.
+inline void fetch_keys_paired(uint32_t* to, int64_t depth, const Call& c, const Array& array, int64_t lane, int64_t kv,
+                              int64_t key, int64_t count, int64_t columns) {
+  for (int64_t j = 0; j < count; j++) {
+    to[j * depth + depth - 1] = 0;
+    std::memcpy(to + j * depth, array.at(lane, ((key + j) * c.key_heads + kv) * columns), columns * 2);
+  }
+}
+
+// In pairs along the keys: `to[key / 2][columns]`; behind an odd number of keys comes one of zeros.
+inline void fetch_keys_in_pairs(uint32_t* to, const Call& c, const Array& array, int64_t lane, int64_t kv, int64_t key,
+                                int64_t count, int64_t columns) {
+  for (int64_t j = 0; j < count; j += 2) {
+    const auto* first = reinterpret_cast<const uint16_t*>(array.at(lane, ((key + j) * c.key_heads + kv) * columns));
+    const auto* second = first + c.key_heads * columns;
+    uint32_t* row = to + j / 2 * columns;
+    if (j + 1 < count)
+      for (int64_t d = 0; d < columns; d++) row[d] = first[d] | static_cast<uint32_t>(second[d]) << 16;
+    else
+      for (int64_t d = 0; d < columns; d++) row[d] = first[d];
+  }
+}
+
 // Rows of an array [lanes, S, K, columns] for the keys [key, key + count), as `to[key][stride]`.
 template <class A>
 inline void fetch_keys(A* to, int64_t stride, const Call& c, const Array& array, int64_t lane, int64_t kv, int64_t key,
@@ -353,6 +382,24 @@ class Ahead {
   int64_t stride_ = 0, width_ = 0, rows_ = 0, step_ = 0;
 };
 
+// Queries to lanes. What multiplies float32 is scaled here; pairs stay as they came. `room` is for 2 ceil(H / 2) rows.
+template <class A, class E>
+inline void query_to_lanes(const Call& c, const Panel<A>& panel, char* const* rows, E* to, A* room) {
+  if constexpr (std::is_same_v<A, E>) {
+    (void)room;
+    rows_to_lanes<A>(to, rows, c.query.type, c.head_size, panel.vectors);
+    const Vector<A> scale = splat<A>(static_cast<A>(c.scale));
+    for (int64_t d = 0; d < c.head_size; d++)
+      for (int v = 0; v < panel.vectors; v++) {
+        A* at = to + d * kLanes<A> + v * kWidth<A>;
+        store(at, load(at) * scale);
+      }
+  } else {
+    rows_to_lanes<A>(room, rows, c.query.type, c.head_size, panel.vectors);
+    pair_rows(to, room, kLanes<A>, static_cast<int>(c.head_size), panel.vectors);
+  }
+}
+
 // A copy with zeros in the rows that `keep` does not name: they may hold NaN, and 0 * NaN is NaN.
 template <class A, class Flag>
 inline void copy_kept(A* to, const A* from, int64_t stride, int low, int high, const Flag* keep) {
@@ -361,6 +408,15 @@ inline void copy_kept(A* to, const A* from, int64_t stride, int low, int high, c
       std::memcpy(to + j * stride, from + j * stride, stride * sizeof(A));
     else
       std::memset(to + j * stride, 0, stride * sizeof(A));
+  }
+}
+
+// The same for rows in pairs; `low` is even.
+template <class Flag>
+inline void copy_kept_pairs(uint32_t* to, const uint32_t* from, int64_t stride, int low, int high, const Flag* keep) {
+  for (int j = low; j < high; j += 2) {
+    const uint32_t mask = (keep[j] ? 0xffffu : 0u) | (j + 1 < high && keep[j + 1] ? 0xffff0000u : 0u);
+    for (int64_t d = 0; d < stride; d++) to[j / 2 * stride + d] = from[j / 2 * stride + d] & mask;
   }
 }
 

@@ -9,7 +9,7 @@
 
 #include "call.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -86,6 +86,36 @@ template <class A>
 inline Vector<A> larger(Vector<A> x, Vector<A> y) {
   return x > y ? x : y;
 }
+
+inline Vector<float> multiply_add(Vector<float> sum, Vector<float> x, Vector<float> y) { return sum + x * y; }
+inline Vector<double> multiply_add(Vector<double> sum, Vector<double> x, Vector<double> y) { return sum + x * y; }
+
+// Pairs of bfloat16 in 32-bit words, the first in the lower half, where the processor multiplies them: two products a
+// lane, summed in float32.
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesPairs = true;
+
+inline Vector<float> multiply_add(Vector<float> sum, Vector<uint32_t> x, Vector<uint32_t> y) {
+  return reinterpret_cast<Vector<float>>(
+      _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(y)));
+}
+
+inline Vector<uint32_t> low_halves(Vector<float> x) {
+  return reinterpret_cast<Vector<uint32_t>>(
+      _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x)))));
+}
+
+inline Vector<uint32_t> pair(Vector<float> first, Vector<float> second) {
+  return low_halves(first) | low_halves(second) << 16;
+}
+
+inline void store_halves(uint32_t* to, Vector<float> x) {
+  auto halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
+  std::memcpy(to, &halves, sizeof(halves));
+}
+#else
+constexpr bool kMultipliesPairs = false;
+#endif
 
 // exp(x) for x <= 0; not below exp(-87) (float32) or exp(-708) (float64), also for -inf. Relative error about one unit
 // in the last place: x = n ln 2 + f, |f| <= ln(2) / 2, and a polynomial in f. Float32 has the minimax polynomial of

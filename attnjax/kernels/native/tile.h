@@ -2,6 +2,8 @@
 // memory and lanes of vectors. A "panel" holds rows (queries) side by side in the lanes of kTileVectors vectors.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace attnjax::ATTNJAX_ISA {
@@ -13,9 +15,10 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// M x N accumulators: the sum over k of a(m, k) b[k][n]; a(m, k) is a[m * lda + k] or, flipped, a[k * lda + m].
-template <class A, int M, int N, bool flipped, class Start, class Finish>
-inline void block(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth, int m0, int n0, const Start& start,
+// M x N accumulators: the sum over k of a(m, k) b[k][n]; a(m, k) is a[m * lda + k] or, flipped, a[k * lda + m]. The
+// factors are of the accumulators' type A or pairs of bfloat16, uint32_t; then k counts pairs.
+template <class A, int M, int N, bool flipped, class E, class Start, class Finish>
+inline void block(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, int m0, int n0, const Start& start,
                   const Finish& finish) {
   Vector<A> sum[M][N];
 #pragma GCC unroll 12
@@ -23,14 +26,14 @@ inline void block(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t dept
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) sum[m][n] = start(m0 + m, n0 + n);
   for (int64_t k = 0; k < depth; k++) {
-    Vector<A> x[N];
+    Vector<E> x[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) x[n] = load(b + k * ldb + n * kWidth<A>);
+    for (int n = 0; n < N; n++) x[n] = load(b + k * ldb + n * kWidth<E>);
 #pragma GCC unroll 12
     for (int m = 0; m < M; m++) {
-      Vector<A> y = splat(flipped ? a[k * lda + m] : a[m * lda + k]);
+      Vector<E> y = splat(flipped ? a[k * lda + m] : a[m * lda + k]);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; n++) sum[m][n] += y * x[n];
+      for (int n = 0; n < N; n++) sum[m][n] = multiply_add(sum[m][n], y, x[n]);
     }
   }
 #pragma GCC unroll 12
@@ -39,8 +42,8 @@ inline void block(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t dept
     for (int n = 0; n < N; n++) finish(m0 + m, n0 + n, sum[m][n]);
 }
 
-template <class A, int M, bool flipped, class Start, class Finish>
-inline void rows_of_blocks(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth, int m, int vectors,
+template <class A, int M, bool flipped, class E, class Start, class Finish>
+inline void rows_of_blocks(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, int m, int vectors,
                            const Start& start, const Finish& finish) {
   a += flipped ? m : m * lda;
   int n = 0;
@@ -55,8 +58,8 @@ inline void rows_of_blocks(const A* a, int64_t lda, const A* b, int64_t ldb, int
 
 // The product of `rows` rows and `vectors` columns of vectors. start(m, n) gives what the sum begins with, finish(m, n,
 // sum) takes it; between() is called now and then, for what can be done in the shadow of the multiplications.
-template <class A, bool flipped, class Start, class Finish, class Between>
-inline void product(const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth, int rows, int vectors,
+template <class A, bool flipped, class E, class Start, class Finish, class Between>
+inline void product(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, int rows, int vectors,
                     const Start& start, const Finish& finish, const Between& between) {
   int m = 0;
   for (; m + kTileRows <= rows; m += kTileRows) {
@@ -72,22 +75,37 @@ struct Nothing {
 };
 
 // c += a b, rows of `vectors` vectors.
-template <class A, bool flipped>
-inline void add_product(A* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth, int rows,
+template <class A, bool flipped, class E>
+inline void add_product(A* c, int64_t ldc, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, int rows,
                         int vectors) {
   product<A, flipped>(
       a, lda, b, ldb, depth, rows, vectors, [&](int m, int n) { return load(c + m * ldc + n * kWidth<A>); },
       [&](int m, int n, Vector<A> sum) { store(c + m * ldc + n * kWidth<A>, sum); }, Nothing());
 }
 
-// c = a b.
-template <class A, bool flipped, class Between = Nothing>
-inline void set_product(A* c, int64_t ldc, const A* a, int64_t lda, const A* b, int64_t ldb, int64_t depth, int rows,
-                        int vectors, const Between& between = Between()) {
+// c = factor a b.
+template <class A, bool flipped, class E, class Between = Nothing>
+inline void set_product(A* c, int64_t ldc, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, int rows,
+                        int vectors, A factor, const Between& between = Between()) {
   product<A, flipped>(
       a, lda, b, ldb, depth, rows, vectors, [](int, int) { return Vector<A>{}; },
-      [&](int m, int n, Vector<A> sum) { store(c + m * ldc + n * kWidth<A>, sum); }, between);
+      [&](int m, int n, Vector<A> sum) {
+        store(c + m * ldc + n * kWidth<A>, std::is_same_v<A, E> ? sum : sum * splat(factor));
+      },
+      between);
 }
+
+#if defined(__AVX512BF16__)
+// Two rows each to a row of pairs; behind an odd number of rows comes one of zeros.
+inline void pair_rows(uint32_t* to, const float* from, int64_t stride, int rows, int vectors) {
+  constexpr int W = kWidth<float>;
+  for (int i = 0; i < rows; i += 2)
+    for (int v = 0; v < vectors; v++) {
+      const float* at = from + i * stride + v * W;
+      store(to + i / 2 * stride + v * W, pair(load(at), i + 1 < rows ? load(at + stride) : Vector<float>{}));
+    }
+}
+#endif
 
 // Rows in memory, one for each lane, to `to[column][lane]`. Lanes without a row (null) become 0.
 template <class A>

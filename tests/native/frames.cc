@@ -1,0 +1,668 @@
+// Plays XLA: calls the compiled kernel with call frames of odd problems, on threads of its own, and compares with the plain
+// formula in float64. Made for sanitizers (`make sanitize`): every array has a piece of the heap that is exactly its size.
+// Usage: frames <path of libattnjax_cpu.so> [part of a case's name]
+#include <dlfcn.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "xla/ffi/api/c_api.h"
+
+using Sizes = std::vector<int64_t>;
+using Index = std::initializer_list<int64_t>;
+using Type = XLA_FFI_DataType;
+constexpr Type kFloats[] = {XLA_FFI_DataType_F32, XLA_FFI_DataType_F64, XLA_FFI_DataType_BF16, XLA_FFI_DataType_F16};
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+int failures = 0;
+
+void fail(const std::string& where, const std::string& what) {
+  if (failures++ < 20) std::printf("FAILED %s: %s\n", where.c_str(), what.c_str());
+}
+
+// ---- Numbers. Those that are written are multiples of 1/64 below 2, which every type holds exactly.
+
+int64_t bytes_of(Type type) {
+  switch (type) {
+    case XLA_FFI_DataType_F64: return 8;
+    case XLA_FFI_DataType_F32:
+    case XLA_FFI_DataType_S32:
+    case XLA_FFI_DataType_U32: return 4;
+    case XLA_FFI_DataType_BF16:
+    case XLA_FFI_DataType_F16: return 2;
+    default: return 1;
+  }
+}
+
+template <class T>
+void put(char* to, T x) {
+  std::memcpy(to, &x, sizeof(T));
+}
+
+template <class T>
+T got(const char* from) {
+  T x;
+  std::memcpy(&x, from, sizeof(T));
+  return x;
+}
+
+uint16_t float16(double x) {
+  if (x == 0) return 0;
+  int exponent;
+  double fraction = std::frexp(std::fabs(x), &exponent);  // in [0.5, 1)
+  return static_cast<uint16_t>((x < 0) << 15 | (exponent + 14) << 10 | static_cast<int>(std::ldexp(fraction, 11) - 1024));
+}
+
+double from_float16(uint16_t x) {
+  const int exponent = x >> 10 & 31, fraction = x & 1023;
+  double size = exponent == 31 ? (fraction ? NAN : kInfinity)
+                               : std::ldexp(exponent ? fraction + 1024 : fraction, (exponent ? exponent : 1) - 25);
+  return x >> 15 ? -size : size;
+}
+
+void encode(char* to, Type type, double x) {
+  switch (type) {
+    case XLA_FFI_DataType_F64: return put(to, x);
+    case XLA_FFI_DataType_F32: return put(to, static_cast<float>(x));
+    case XLA_FFI_DataType_S32: return put(to, static_cast<int32_t>(x));
+    case XLA_FFI_DataType_U32: return put(to, static_cast<uint32_t>(x));
+    case XLA_FFI_DataType_F16: return put(to, float16(x));
+    case XLA_FFI_DataType_BF16: {
+      const float y = static_cast<float>(x);
+      return std::memcpy(to, reinterpret_cast<const char*>(&y) + 2, 2), void();
+    }
+    default: return put(to, static_cast<uint8_t>(x));
+  }
+}
+
+double decode(const char* from, Type type) {
+  switch (type) {
+    case XLA_FFI_DataType_F64: return got<double>(from);
+    case XLA_FFI_DataType_F32: return got<float>(from);
+    case XLA_FFI_DataType_F16: return from_float16(got<uint16_t>(from));
+    case XLA_FFI_DataType_BF16: {
+      float y = 0;
+      std::memcpy(reinterpret_cast<char*>(&y) + 2, from, 2);
+      return y;
+    }
+    default: return NAN;
+  }
+}
+
+// ---- Arrays: values, and what the kernel sees of them.
+
+struct Array {
+  Type type;
+  Sizes sizes;
+  std::vector<double> values;
+  std::unique_ptr<char[]> data;
+
+  // Indices along axes of size 1 are ignored, as in broadcasting.
+  size_t place(Index index) const {
+    int64_t at = 0, axis = 0;
+    for (int64_t size : sizes) at = at * size + (size == 1 ? 0 : index.begin()[axis]), axis++;
+    return static_cast<size_t>(at);
+  }
+  double operator()(Index index) const { return values[place(index)]; }
+  double& operator[](Index index) { return values[place(index)]; }
+
+  void read() {
+    for (size_t i = 0; i < values.size(); i++) values[i] = decode(data.get() + i * bytes_of(type), type);
+  }
+};
+
+// With nothing to fill it, a result: NaN in every type, so that what the kernel leaves out is seen.
+Array make(Type type, Sizes sizes, const std::function<double(const Sizes&)>& value = nullptr) {
+  Array made{type, sizes, {}, nullptr};
+  size_t count = 1;
+  for (int64_t size : sizes) count *= static_cast<size_t>(size);
+  made.values.resize(count);
+  made.data.reset(new char[count * bytes_of(type)]);
+  std::memset(made.data.get(), 0xff, count * bytes_of(type));
+  if (!value) return made;
+  Sizes index(sizes.size());
+  for (size_t i = 0; i < count; i++) {
+    size_t rest = i;
+    for (size_t axis = sizes.size(); axis-- > 0; rest /= sizes[axis]) index[axis] = rest % sizes[axis];
+    made.values[i] = value(index);
+    encode(made.data.get() + i * bytes_of(type), type, made.values[i]);
+  }
+  return made;
+}
+
+// `precise` is the type of the numbers that `found` was computed from.
+void compare(const std::string& where, const char* name, Array& found, const Array& wanted, Type precise) {
+  found.read();
+  double most = 1, error = 0;
+  for (double x : wanted.values) most = std::isfinite(x) ? std::fmax(most, std::fabs(x)) : most;
+  for (size_t i = 0; i < wanted.values.size(); i++) {
+    const double difference = std::fabs(found.values[i] - wanted.values[i]);
+    if (found.values[i] != wanted.values[i] && !(difference <= error)) error = difference;  // NaN stays
+  }
+  const double unit = precise == XLA_FFI_DataType_F64   ? 1e-12
+                      : precise == XLA_FFI_DataType_F32 ? 1e-5
+                      : precise == XLA_FFI_DataType_F16 ? 1e-3
+                                                        : 1e-2;
+  if (!(error <= unit * most)) fail(where, std::string(name) + " is off by " + std::to_string(error));
+}
+
+// ---- XLA's side of the interface: errors, threads, frames.
+
+struct XLA_FFI_Error {
+  std::string message;
+};
+
+// Threads that start at once; or, late, when everything is over, as happens in a busy pool.
+struct XLA_FFI_ExecutionContext {
+  bool late;
+  std::mutex mutex;
+  std::vector<std::thread> threads;
+  std::vector<std::pair<XLA_FFI_Task*, void*>> waiting;
+
+  void schedule(XLA_FFI_Task* task, void* data) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (late)
+      waiting.emplace_back(task, data);
+    else
+      threads.emplace_back(task, data);
+  }
+  ~XLA_FFI_ExecutionContext() {
+    for (auto [task, data] : waiting) threads.emplace_back(task, data);
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+
+XLA_FFI_Api api() {
+  XLA_FFI_Api made = {};
+  made.struct_size = XLA_FFI_Api_STRUCT_SIZE;
+  made.api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
+  made.XLA_FFI_Error_Create = [](XLA_FFI_Error_Create_Args* args) { return new XLA_FFI_Error{args->message}; };
+  made.XLA_FFI_Error_GetMessage = [](XLA_FFI_Error_GetMessage_Args* args) { args->message = args->error->message.c_str(); };
+  made.XLA_FFI_Error_Destroy = [](XLA_FFI_Error_Destroy_Args* args) { delete args->error; };
+  made.XLA_FFI_ThreadPool_Schedule = [](XLA_FFI_ThreadPool_Schedule_Args* args) -> XLA_FFI_Error* {
+    args->ctx->schedule(args->task, args->data);
+    return nullptr;
+  };
+  made.XLA_FFI_ThreadPool_NumThreads = [](XLA_FFI_ThreadPool_NumThreads_Args* args) -> XLA_FFI_Error* {
+    *args->num_threads = 3;
+    return nullptr;
+  };
+  return made;
+}
+
+struct Attribute {
+  XLA_FFI_AttrType kind;
+  std::vector<int64_t> integers = {};
+  std::vector<double> numbers = {};
+  std::string text = {};
+};
+
+using Attributes = std::map<std::string, Attribute>;  // in order of their names, as XLA gives them
+
+Attribute scalar(int64_t x) { return {XLA_FFI_AttrType_SCALAR, {x}}; }
+Attribute scalar(double x) { return {XLA_FFI_AttrType_SCALAR, {}, {x}}; }
+Attribute list(std::vector<int64_t> x) { return {XLA_FFI_AttrType_ARRAY, std::move(x)}; }
+Attribute list(std::vector<double> x) { return {XLA_FFI_AttrType_ARRAY, {}, std::move(x)}; }
+Attribute text(std::string x) { return {XLA_FFI_AttrType_STRING, {}, {}, std::move(x)}; }
+
+// Calls the kernel and returns its error.
+std::string call(XLA_FFI_Handler* handler, XLA_FFI_ExecutionContext& context, const std::vector<const Array*>& operands,
+                 const std::vector<const Array*>& results, Attributes attributes) {
+  std::vector<XLA_FFI_Buffer> buffers;
+  buffers.reserve(operands.size() + results.size());
+  std::vector<void*> args, rets, values;
+  auto buffer = [&](const Array& array) -> void* {
+    auto* sizes = const_cast<int64_t*>(array.sizes.data());
+    buffers.push_back({XLA_FFI_Buffer_STRUCT_SIZE, nullptr, array.type, array.data.get(),
+                       static_cast<int64_t>(array.sizes.size()), sizes});
+    return &buffers.back();
+  };
+  for (const Array* array : operands) args.push_back(buffer(*array));
+  for (const Array* array : results) rets.push_back(buffer(*array));
+  std::vector<XLA_FFI_ArgType> arg_types(args.size(), XLA_FFI_ArgType_BUFFER);
+  std::vector<XLA_FFI_RetType> ret_types(rets.size(), XLA_FFI_RetType_BUFFER);
+
+  std::vector<XLA_FFI_AttrType> kinds;
+  std::vector<XLA_FFI_ByteSpan> names, texts;
+  std::vector<XLA_FFI_ByteSpan*> name_pointers;
+  std::vector<XLA_FFI_Scalar> scalars;
+  std::vector<XLA_FFI_Array> arrays;
+  for (auto* spans : {&names, &texts}) spans->reserve(attributes.size());
+  scalars.reserve(attributes.size()), arrays.reserve(attributes.size());
+  for (auto& [name, attribute] : attributes) {
+    const bool integer = attribute.numbers.empty();
+    void* data = integer ? static_cast<void*>(attribute.integers.data()) : attribute.numbers.data();
+    const Type type = integer ? XLA_FFI_DataType_S64 : XLA_FFI_DataType_F64;
+    kinds.push_back(attribute.kind);
+    names.push_back({name.data(), name.size()});
+    name_pointers.push_back(&names.back());
+    if (attribute.kind == XLA_FFI_AttrType_STRING) {
+      texts.push_back({attribute.text.data(), attribute.text.size()});
+      values.push_back(&texts.back());
+    } else if (attribute.kind == XLA_FFI_AttrType_SCALAR) {
+      scalars.push_back({type, data});
+      values.push_back(&scalars.back());
+    } else {
+      const Type own = name == "caps" ? XLA_FFI_DataType_F64 : type;  // also where it is empty
+      arrays.push_back({own, attribute.integers.size() + attribute.numbers.size(), data});
+      values.push_back(&arrays.back());
+    }
+  }
+
+  const XLA_FFI_Api functions = api();
+  XLA_FFI_CallFrame frame = {};
+  frame.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE;
+  frame.api = &functions, frame.ctx = &context, frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
+  frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, static_cast<int64_t>(args.size()), arg_types.data(), args.data()};
+  frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, static_cast<int64_t>(rets.size()), ret_types.data(), rets.data()};
+  frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr,          static_cast<int64_t>(values.size()),
+                 kinds.data(),              name_pointers.data(), values.data()};
+  std::unique_ptr<XLA_FFI_Error> error(handler(&frame));
+  return error ? error->message : "";
+}
+
+// In a thread of its own, whose memory for tiles then is exactly as much as the kernel asks for.
+std::string call_afresh(XLA_FFI_Handler* handler, XLA_FFI_ExecutionContext& context,
+                        const std::vector<const Array*>& operands, const std::vector<const Array*>& results,
+                        const Attributes& attributes) {
+  std::string error;
+  std::thread([&] { error = call(handler, context, operands, results, attributes); }).join();
+  return error;
+}
+
+// ---- Problems.
+
+// A mask is written in postfix: comparisons of the indices, c causal, w window, p prefix, l lengths, g the last keys, and
+// s segments; arrays of booleans d [N, T, S] and D [1, T, 1]; of bits b [N, T, S] and B [1, 1, S]; and & | ~.
+// Scores: c soft cap; biases b [N, T, S], B [1, T, S], k [N, 1, S], q [1, T, 1], o [1, 1, 1]; by distance d [N], D [1].
+struct Case {
+  const char* name;
+  Sizes batch;
+  int64_t T, S, N, K, H, V;
+  std::string mask = "", scores = "";
+  bool sinks = false;
+  double dropout = 0;
+  Sizes blocks = {64, 128};
+  double scale = 0.25;
+};
+
+const Case kCases[] = {
+    {"plain", {2, 1}, 67, 131, 4, 4, 24, 17},
+    {"one", {1, 1}, 1, 1, 1, 1, 1, 1},
+    {"no keys", {2, 1}, 3, 0, 2, 1, 5, 4, "", "", true},
+    {"causal, grouped", {1, 2}, 129, 129, 6, 2, 40, 33, "c", "", true},
+    {"large logits", {1, 2}, 66, 200, 2, 1, 8, 8, "cp|", "", true, 0, {64, 128}, 8},
+    {"window, segments", {2, 2}, 70, 150, 3, 3, 16, 16, "cw&s&", "d", false, 0, {48, 40}},
+    {"lengths, dropout", {3, 1}, 65, 257, 4, 2, 33, 20, "l", "c", true, 0.3},
+    {"booleans", {2, 1}, 37, 83, 4, 2, 12, 9, "dD|p~&", "", false, 0.25},
+    {"bits", {1, 2}, 41, 141, 4, 2, 9, 12, "bBg|&", "b"},
+    {"bits for all heads", {1, 1}, 35, 300, 2, 1, 8, 8, "Bc|", "Bk"},
+    {"every bias", {2, 2}, 19, 135, 4, 2, 8, 8, "c", "bBkqoc"},
+    {"distances", {2, 1}, 75, 291, 4, 2, 8, 8, "c", "dDc"},
+    {"many spans", {1, 1}, 99, 1100, 2, 1, 16, 16, "w", "Bdq", true},
+    {"large heads", {1, 1}, 9, 13, 2, 1, 512, 511, "c"},
+    {"one query", {2, 1}, 1, 1300, 8, 2, 40, 33, "l", "kd", true},
+    {"few queries", {1, 2}, 3, 530, 2, 2, 17, 70, "bs|", "cb", false, 0.4},
+    {"one head of keys", {1, 1}, 1, 77, 4, 1, 64, 128, "D", "qo"},
+};
+
+class Problem {
+ public:
+  Problem(const Case& c, Type type, unsigned seed) : c_(c), type_(type), wide_(wide(type)), random_(seed) {
+    query_ = floats(type, {c.T, c.N, c.H}), key_ = floats(type, {c.S, c.K, c.H}), value_ = floats(type, {c.S, c.K, c.V});
+    sinks_ = floats(wide_, {c.N});
+    seed_ = make(XLA_FFI_DataType_U32, batched({}), [&](const Sizes&) { return random_(); });
+    for (char step : c.mask) add_mask(step);
+    for (char step : c.scores) add_score(step);
+    add_kinds();
+    out_ = wanted(type, {c.T, c.N, c.V}), lse_ = wanted(wide_, {c.T, c.N});
+    d_out_ = full(type, {c.T, c.N, c.V}), d_lse_ = full(wide_, {c.T, c.N});
+    d_query_ = wanted(wide_, {c.T, c.N, c.H});
+    d_key_ = wanted(wide_, {c.S, c.K, c.H}), d_value_ = wanted(wide_, {c.S, c.K, c.V});
+    for (size_t b0 = 0; b0 < size_t(c.batch[0]); b0++)
+      for (size_t b1 = 0; b1 < size_t(c.batch[1]); b1++)
+        for (int64_t n = 0; n < c.N; n++)
+          for (int64_t t = 0; t < c.T; t++) solve(b0, b1, n, t);
+    given_out_ = make(type, out_.sizes, [this, i = 0](const Sizes&) mutable { return rounded(out_.values[i++]); });
+  }
+
+  // Runs the kernel and compares.
+  void check(XLA_FFI_Handler* forward, XLA_FFI_Handler* backward, const std::string& isa, bool late) {
+    XLA_FFI_ExecutionContext context{late, {}, {}, {}};
+    const std::string where = std::string(c_.name) + ", " + isa + ", type " + std::to_string(type_);
+    Attributes attributes = this->attributes(isa);
+    std::vector<const Array*> operands = this->operands();
+    Array out = result(out_), highest = result(lse_), total = result(lse_);
+    std::vector<const Array*> results = {&out, &highest, &total};
+    std::string error = call_afresh(forward, context, operands, results, attributes);
+    if (!error.empty()) return fail(where, error);
+    Array lse = result(lse_);
+    highest.read(), total.read();
+    for (size_t i = 0; i < lse_.values.size(); i++)
+      encode(lse.data.get() + i * bytes_of(wide_), wide_, highest.values[i] + std::log(total.values[i]));
+    compare(where, "out", out, out_, type_);
+    compare(where, "lse", lse, lse_, wide_);
+    if (!late) refusals(where, forward, operands, results, attributes);
+
+    operands.insert(operands.end(), {&given_out_, &highest, &total, &d_out_, &d_lse_});
+    for (int64_t only = -1; only < (late ? 0 : 3); only++) {  // all gradients, then one alone
+      std::vector<std::pair<const char*, const Array*>> expected;
+      std::vector<int64_t> flags;
+      int64_t number = 0;
+      auto want = [&](const char* name, const Array& one, bool may) {
+        flags.push_back(may && (only < 0 || only == number % 3));
+        if (flags.back()) expected.emplace_back(name, &one);
+        number++;
+      };
+      want("d query", d_query_, true), want("d key", d_key_, true), want("d value", d_value_, true);
+      for (size_t i = 0; i < scores_.size(); i++) want("d score", d_scores_[i], c_.scores[i] != 'c');
+      attributes["wanted"] = list(flags);
+      std::vector<Array> gradients;
+      results.clear();
+      for (auto [name, one] : expected) gradients.push_back(result(*one));
+      for (const Array& one : gradients) results.push_back(&one);
+      error = call_afresh(backward, context, operands, results, attributes);
+      if (!error.empty()) return fail(where, error);
+      for (size_t i = 0; i < expected.size(); i++) compare(where, expected[i].first, gradients[i], *expected[i].second, wide_);
+      if (!late && only < 0) refusals(where, backward, operands, results, attributes);
+    }
+  }
+
+ private:
+  static Type wide(Type type) { return type == XLA_FFI_DataType_F64 ? type : XLA_FFI_DataType_F32; }
+  static Array result(const Array& like) { return make(like.type, like.sizes); }
+
+  double number() { return (static_cast<int>(random_() % 256) - 128) / 64.0; }
+
+  Sizes join(Sizes batch, const Sizes& sizes) {
+    batch.insert(batch.end(), sizes.begin(), sizes.end());
+    return batch;
+  }
+  // Batch axes of which some have size 1.
+  Sizes batched(const Sizes& sizes) { return join({random_() % 2 ? c_.batch[0] : 1, random_() % 2 ? c_.batch[1] : 1}, sizes); }
+  Array floats(Type type, const Sizes& sizes) {
+    return make(type, batched(sizes), [&](const Sizes&) { return number(); });
+  }
+  Array full(Type type, const Sizes& sizes) {
+    return make(type, join(c_.batch, sizes), [&](const Sizes&) { return number(); });
+  }
+  // What is added to while the answer is worked out.
+  Array wanted(Type type, const Sizes& sizes) {
+    Array made{type, join(c_.batch, sizes), {}, nullptr};
+    size_t count = 1;
+    for (int64_t size : made.sizes) count *= static_cast<size_t>(size);
+    made.values.resize(count);
+    return made;
+  }
+
+  void add_mask(char step) {
+    constexpr Type integer = XLA_FFI_DataType_S32, boolean = XLA_FFI_DataType_PRED, byte = XLA_FFI_DataType_U8;
+    auto add = [&](int64_t code, const Sizes& sizes, Type type, std::function<double(const Sizes&)> value) {
+      if (code >= 0) codes_.push_back(code);
+      masks_.push_back(make(type, batched(sizes), value));
+    };
+    auto index = [](int64_t shift) { return [shift](const Sizes& i) { return double(i.back() + shift); }; };
+    auto any = [&](const Sizes&) { return random_() % 4 ? 1.0 : 0.0; };
+    auto bits = [&](const Sizes&) { return random_() % 256; };
+    auto up_to = [&](int64_t most) { return [this, most](const Sizes&) { return double(random_() % (most + 1)); }; };
+    const int64_t bytes = (c_.S + 7) / 8;
+    switch (step) {
+      case 'c': add(0, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, index(c_.S - c_.T)); break;
+      case 'w': add(4, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, index(c_.S - c_.T - 20)); break;
+      case 'p': add(1, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, up_to(c_.S)); break;
+      case 'l': add(1, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, up_to(c_.S / 2)); break;
+      case 'g': add(3, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, up_to(c_.S)); break;
+      case 's': add(2, {c_.S}, integer, up_to(2)), add(-1, {c_.T}, integer, up_to(2)); break;
+      case 'd': add(5, {c_.N, c_.T, c_.S}, boolean, any); break;
+      case 'D': add(5, {1, c_.T, 1}, boolean, any); break;
+      case 'b': add(6, {c_.N, c_.T, bytes}, byte, bits); break;
+      case 'B': add(6, {1, 1, bytes}, byte, bits); break;
+      default: codes_.push_back(step == '&' ? 7 : step == '|' ? 8 : 9);
+    }
+  }
+
+  bool seen(int64_t b0, int64_t b1, int64_t n, int64_t t, int64_t s) const {
+    std::vector<bool> stack;
+    size_t next = 0;
+    for (int64_t code : codes_) {
+      if (code < 5) {
+        const double k = masks_[next]({b0, b1, s}), q = masks_[next + 1]({b0, b1, t});
+        stack.push_back(code == 0 ? k <= q : code == 1 ? k < q : code == 2 ? k == q : code == 3 ? k >= q : k > q);
+        next += 2;
+      } else if (code == 5) {
+        stack.push_back(masks_[next++]({b0, b1, n, t, s}) != 0);
+      } else if (code == 6) {
+        stack.push_back(static_cast<int>(masks_[next++]({b0, b1, n, t, s / 8})) >> (s % 8) & 1);
+      } else if (code == 9) {
+        stack.back() = !stack.back();
+      } else {
+        const bool last = stack.back();
+        stack.pop_back();
+        stack.back() = code == 7 ? stack.back() && last : stack.back() || last;
+      }
+    }
+    return stack.empty() || stack.back();
+  }
+
+  // The block map, with some blocks marked partial that need not be.
+  void add_kinds() {
+    const bool by_head = c_.mask.find_first_of("db") != std::string::npos;
+    const int64_t q = c_.blocks[0], k = c_.blocks[1];
+    auto kind = [&](const Sizes& i) {
+      bool none = true, all = true;
+      for (int64_t t = i[3] * q; t < std::min(c_.T, (i[3] + 1) * q); t++)
+        for (int64_t s = i[4] * k; s < std::min(c_.S, (i[4] + 1) * k); s++)
+          (seen(i[0], i[1], i[2], t, s) ? none : all) = false;
+      return random_() % 8 == 0 ? 1.0 : none ? 0.0 : all ? 2.0 : 1.0;
+    };
+    kinds_ = make(XLA_FFI_DataType_S8, join(c_.batch, {by_head ? c_.N : 1, (c_.T + q - 1) / q, (c_.S + k - 1) / k}), kind);
+  }
+
+  void add_score(char step) {
+    const int64_t distances = c_.T + c_.S - 1;
+    auto add = [&](Type type, const Sizes& sizes, const Sizes& gradient) {
+      scores_.push_back(floats(type, sizes));
+      d_scores_.push_back(wanted(wide_, gradient));
+    };
+    auto bias = [&](int64_t n, int64_t t, int64_t s) {
+      add(type_, {n, t, s}, {c_.N, s == c_.S ? c_.S : c_.T});
+      if (t == c_.T && s == c_.S) {  // the gradient has the bias's own sizes, batch axes of size 1 as well
+        const Array& array = scores_.back();
+        d_scores_.back() = Array{wide_, array.sizes, std::vector<double>(array.values.size()), nullptr};
+      }
+    };
+    switch (step) {
+      case 'b': bias(c_.N, c_.T, c_.S); break;
+      case 'B': bias(1, c_.T, c_.S); break;
+      case 'k': bias(c_.N, 1, c_.S); break;
+      case 'q': bias(1, c_.T, 1); break;
+      case 'o': bias(1, 1, 1); break;
+      case 'd': add(wide_, {c_.N, distances}, {c_.N, distances}); break;
+      case 'D': add(wide_, {1, distances}, {c_.N, distances}); break;
+      default: scores_.push_back({}), d_scores_.push_back({});
+    }
+  }
+
+  static uint32_t mix(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    return x ^ (x >> 16);
+  }
+
+  bool kept(int64_t b0, int64_t b1, int64_t n, int64_t t, int64_t s) const {
+    uint32_t row = mix(static_cast<uint32_t>(seed_({b0, b1})) + static_cast<uint32_t>(b1) * 0x9E3779B1u);  // b0 is mapped
+    row = mix(row + static_cast<uint32_t>(n) * 0x85EBCA77u);
+    row = mix(row + static_cast<uint32_t>(t) * 0xC2B2AE3Du);
+    return mix(row + static_cast<uint32_t>(s) * 0x27D4EB2Fu) >= std::nearbyint(c_.dropout * 4294967296.0);
+  }
+
+  static constexpr double kCap = 3;
+
+  // The output as the backward gets it: one that the type holds exactly.
+  static double rounded(double x) { return std::nearbyint(64 * x) / 64; }
+
+  // One row of the answer.
+  void solve(int64_t b0, int64_t b1, int64_t n, int64_t t) {
+    const int64_t kv = n / (c_.N / c_.K);
+    std::vector<double> logits(c_.S), slopes(c_.S, 1), weights(c_.S), d_weights(c_.S);
+    double highest = c_.sinks ? sinks_({b0, b1, n}) : -kInfinity;
+    for (int64_t s = 0; s < c_.S; s++) {
+      double x = 0;
+      for (int64_t d = 0; d < c_.H; d++) x += query_({b0, b1, t, n, d}) * key_({b0, b1, s, kv, d});
+      x *= c_.scale;
+      for (size_t i = 0; i < scores_.size(); i++) {
+        if (c_.scores[i] == 'c') {
+          x = kCap * std::tanh(x / kCap);
+          slopes[s] = 1 - x * x / (kCap * kCap);
+        } else {
+          x += by_distance(i) ? scores_[i]({b0, b1, n, t - s + c_.S - 1}) : scores_[i]({b0, b1, n, t, s});
+        }
+      }
+      logits[s] = seen(b0, b1, n, t, s) ? x : -kInfinity;
+      highest = std::fmax(highest, logits[s]);
+    }
+    double total = c_.sinks ? std::exp(sinks_({b0, b1, n}) - highest) : 0;
+    for (double x : logits) total += x == -kInfinity ? 0 : std::exp(x - highest);
+    lse_[{b0, b1, t, n}] = highest + std::log(total);
+    double delta = -d_lse_({b0, b1, t, n});
+    for (int64_t s = 0; s < c_.S; s++) {
+      if (logits[s] == -kInfinity) continue;
+      weights[s] = std::exp(logits[s] - highest) / total;
+      const double keep = c_.dropout == 0 ? 1 : kept(b0, b1, n, t, s) ? 1 / (1 - c_.dropout) : 0;
+      for (int64_t v = 0; v < c_.V; v++) {
+        const double d_out = d_out_({b0, b1, t, n, v}), value = value_({b0, b1, s, kv, v});
+        out_[{b0, b1, t, n, v}] += weights[s] * keep * value;
+        d_value_[{b0, b1, s, kv, v}] += weights[s] * keep * d_out;
+        d_weights[s] += keep * d_out * value;
+      }
+    }
+    for (int64_t v = 0; v < c_.V; v++) delta += d_out_({b0, b1, t, n, v}) * rounded(out_({b0, b1, t, n, v}));
+    for (int64_t s = 0; s < c_.S; s++) {
+      if (logits[s] == -kInfinity) continue;
+      double change = weights[s] * (d_weights[s] - delta);
+      for (size_t i = scores_.size(); i-- > 0;) {
+        if (c_.scores[i] == 'c')
+          change *= slopes[s];
+        else
+          d_score(i, b0, b1, n, t, s) += change;
+      }
+      for (int64_t d = 0; d < c_.H; d++) {
+        d_query_[{b0, b1, t, n, d}] += c_.scale * change * key_({b0, b1, s, kv, d});
+        d_key_[{b0, b1, s, kv, d}] += c_.scale * change * query_({b0, b1, t, n, d});
+      }
+    }
+  }
+
+  bool by_distance(size_t i) const { return c_.scores[i] == 'd' || c_.scores[i] == 'D'; }
+  double& d_score(size_t i, int64_t b0, int64_t b1, int64_t n, int64_t t, int64_t s) {
+    if (by_distance(i)) return d_scores_[i][{b0, b1, n, t - s + c_.S - 1}];
+    if (d_scores_[i].sizes.size() == 5) return d_scores_[i][{b0, b1, n, t, s}];
+    return d_scores_[i][{b0, b1, n, scores_[i].sizes[4] == c_.S ? s : t}];
+  }
+
+  std::vector<const Array*> operands() const {
+    std::vector<const Array*> all = {&query_, &key_, &value_};
+    if (c_.sinks) all.push_back(&sinks_);
+    if (c_.dropout > 0) all.push_back(&seed_);
+    for (const Array& array : masks_) all.push_back(&array);
+    if (!c_.mask.empty()) all.push_back(&kinds_);
+    for (const Array& array : scores_)
+      if (array.data) all.push_back(&array);
+    return all;
+  }
+
+  Attributes attributes(const std::string& isa) const {
+    std::vector<int64_t> steps;
+    std::vector<double> caps;
+    for (char step : c_.scores) {
+      steps.push_back(step == 'c' ? 0 : step == 'd' || step == 'D' ? 2 : 1);
+      caps.push_back(step == 'c' ? kCap : 0);
+    }
+    return {{"batch", list(c_.batch)},
+            {"mapped", scalar(int64_t{1})},
+            {"scale", scalar(c_.scale)},
+            {"dropout", scalar(c_.dropout)},
+            {"sinks", scalar(int64_t{c_.sinks})},
+            {"mask", list(codes_)},
+            {"blocks", list(c_.mask.empty() ? Sizes{} : c_.blocks)},
+            {"scores", list(steps)},
+            {"caps", list(caps)},
+            {"isa", text(isa)},
+            {"threads", scalar(int64_t{0})}};
+  }
+
+  // Frames with an array too few, too many or of a wrong size must be refused before anything is read.
+  void refusals(const std::string& where, XLA_FFI_Handler* handler, const std::vector<const Array*>& operands,
+                const std::vector<const Array*>& results, const Attributes& attributes) const {
+    XLA_FFI_ExecutionContext context{false, {}, {}, {}};
+    auto refused = [&](const std::vector<const Array*>& some, const std::vector<const Array*>& made, const char* what) {
+      if (call(handler, context, some, made, attributes).empty()) fail(where, std::string("not refused: ") + what);
+    };
+    for (bool result : {false, true}) {
+      std::vector<const Array*> own = result ? results : operands;
+      auto with = [&](const char* what) { refused(result ? operands : own, result ? own : results, what); };
+      own.push_back(own.back());
+      with("one array more");
+      own.resize(own.size() - 2);
+      with("one array less");
+      own = result ? results : operands;
+      for (const Array*& array : own) {
+        const Array* right = array;
+        Array wrong{right->type, right->sizes, {}, nullptr};
+        wrong.sizes.back() += 1000;
+        wrong.data.reset(new char[1]);
+        array = &wrong;
+        with("a wrong size");
+        wrong.sizes = right->sizes, wrong.type = XLA_FFI_DataType_S64;
+        with("a wrong type");
+        array = right;
+      }
+    }
+  }
+
+  const Case& c_;
+  Type type_, wide_;
+  std::mt19937 random_;
+  Array query_, key_, value_, sinks_, seed_, kinds_, out_, given_out_, lse_, d_out_, d_lse_, d_query_, d_key_, d_value_;
+  std::vector<int64_t> codes_;
+  std::vector<Array> masks_, scores_, d_scores_;
+};
+
+int main(int count, char** arguments) {
+  void* library = dlopen(count > 1 ? arguments[1] : "", RTLD_NOW | RTLD_LOCAL);
+  if (!library) return std::fprintf(stderr, "usage: frames <libattnjax_cpu.so> [case]; %s\n", dlerror()), 2;
+  auto forward = reinterpret_cast<XLA_FFI_Handler*>(dlsym(library, "attnjax_forward"));
+  auto backward = reinterpret_cast<XLA_FFI_Handler*>(dlsym(library, "attnjax_backward"));
+  auto sets = reinterpret_cast<const char* (*)()>(dlsym(library, "attnjax_instruction_sets"));
+  if (!forward || !backward || !sets) return std::fprintf(stderr, "a function is missing: %s\n", dlerror()), 2;
+
+  unsigned seed = 0;
+  int checks = 0;
+  for (const Case& c : kCases) {
+    for (Type type : kFloats) {
+      seed++;
+      if (count > 2 && !std::strstr(c.name, arguments[2])) continue;
+      Problem problem(c, type, seed);
+      std::stringstream names(sets());
+      for (std::string isa; std::getline(names, isa, ',');)
+        for (bool late : {false, true}) problem.check(forward, backward, isa, late), checks++;
+    }
+  }
+  std::printf("%s: %d checks, %d failures, instruction sets %s\n", arguments[1], checks, failures, sets());
+  return failures > 0 || checks == 0;
+}
