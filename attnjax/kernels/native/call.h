@@ -94,6 +94,7 @@ struct Call {
 // per instruction set and merged by the linker.
 struct Run {
   void* state;
+  int64_t threads;
   // work(data, task) for every task below `count`, started in increasing order, on the threads there are.
   void (*start)(void* state, int64_t count, void (*work)(void* data, int64_t task), void* data);
   // Memory of this thread, aligned to 64 bytes, kept until its next request. Not zeroed.

@@ -23,10 +23,13 @@ class Forward {
 
  public:
   static void run(const Call& c, const Run& run) {
-    const int64_t rows = c.queries * (c.heads / c.key_heads);
+    const int64_t rows = c.queries * (c.heads / c.key_heads), heads = c.lanes * c.key_heads;
     const int64_t each = (c.head_size + c.value_size) * L * static_cast<int64_t>(sizeof(A));
-    const int64_t panels = least(divide_up(rows, L), most(1, least(256 / L, (1 << 18) / each)));
-    const int64_t blocks = divide_up(rows, panels * L), heads = c.lanes * c.key_heads;
+    // The more panels share the keys that were fetched the better, while they fit into the second-level cache and there
+    // is enough for every thread to do. How panels are shared out changes no result.
+    const int64_t fair = rows * heads / (4 * run.threads * L);
+    const int64_t panels = least(divide_up(rows, L), most(1, least(least(512 / L, (1 << 18) / each), fair)));
+    const int64_t blocks = divide_up(rows, panels * L);
     for_each(run, heads * blocks, [&](int64_t task) {
       int64_t head = task % heads, block = blocks - 1 - task / heads;  // under a causal mask the last ones see the most
       int64_t first = block * panels * L;

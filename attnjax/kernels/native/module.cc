@@ -405,7 +405,7 @@ ffi::Error guarded(ffi::ThreadPool& pool, const Reader& reader, const Call& c, b
   const double work = 2.0 * c.lanes * c.heads * c.queries * c.keys * (c.head_size + c.value_size);
   const int64_t most = reader.value<int64_t>("threads"), have = pool.num_threads();
   Team team{&pool, work < kWorthThreads ? 1 : std::max<int64_t>(1, most > 0 ? std::min(most, have) : have)};
-  Run run{&team, start, scratch, reserve, [](void* memory) { std::free(memory); }, yield};
+  Run run{&team, team.threads, start, scratch, reserve, [](void* memory) { std::free(memory); }, yield};
   (backward ? kernels->backward : kernels->forward)(c, run);
   return ffi::Error::Success();
 }
