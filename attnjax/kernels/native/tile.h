@@ -66,6 +66,7 @@ inline void product(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t de
     rows_of_blocks<A, kTileRows, flipped>(a, lda, b, ldb, depth, m, vectors, start, finish);
     between();
   }
+  for (; m + 4 <= rows; m += 4) rows_of_blocks<A, 4, flipped>(a, lda, b, ldb, depth, m, vectors, start, finish);
   for (; m + 2 <= rows; m += 2) rows_of_blocks<A, 2, flipped>(a, lda, b, ldb, depth, m, vectors, start, finish);
   if (m < rows) rows_of_blocks<A, 1, flipped>(a, lda, b, ldb, depth, m, vectors, start, finish);
 }
