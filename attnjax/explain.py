@@ -55,7 +55,7 @@ class Explanation:
         lines += ["", *self._tiles()]
         reasons: dict[str, str] = {}
         for choice in self.choices.values():
-            reasons.update(choice.reasons)
+            reasons = choice.reasons | reasons  # of the forward first: it says when the compiled kernel is missing
         lines += ["", *(f"  not {name}: {reason}" for name, reason in reasons.items())]
         return "\n".join(lines)
 
