@@ -37,7 +37,7 @@ sanitize: $(STAMP)dev  ## run the C++ under sanitizers: addresses, undefined beh
 	set -e; for kinds in address,undefined thread; do \
 	  build=build/sanitize-$$kinds; \
 	  $(BIN)/cmake -S tests/native -B $$build -DSANITIZE=$$kinds -DPython_EXECUTABLE=$(abspath $(BIN))/python; \
-	  MAKEFLAGS= $(BIN)/cmake --build $$build --parallel $(WORKERS); \
+	  MAKEFLAGS=--no-print-directory $(BIN)/cmake --build $$build --parallel $(WORKERS); \
 	  $$build/frames $$build/native/libattnjax_cpu.so $(ARGS); \
 	done
 
