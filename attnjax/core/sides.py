@@ -159,8 +159,8 @@ class Sided:
     def _compared(self, other: Any, operator: str, function: Any) -> Any:
         if isinstance(other, Sided) and {self.side, other.side} == {"query", "key"}:
             if self.side == "query":
-                return Comparison(_MIRRORED[operator], *_as_int32(other, self, operator))
-            return Comparison(operator, *_as_int32(self, other, operator))
+                return _comparison(_MIRRORED[operator], other, self)
+            return _comparison(operator, self, other)
         return self._made(other, function)
 
     def __le__(self, other: Any) -> Any:
@@ -218,21 +218,25 @@ def as_rule(seen: Any) -> Rule:
     )
 
 
-def _as_int32(key: Sided, query: Sided, operator: str) -> tuple[Any, Any]:
-    """Both sides as int32 with the same outcome of the comparison.
+def _comparison(operator: str, key: Sided, query: Sided) -> Rule:
+    """Both sides as int32. Where one holds more, numbers beyond that are above, or below, all that the other holds.
 
     Raises:
-      NotSeparable: both hold numbers that do not fit.
+      NotSeparable: both hold more.
     """
-    fits = lambda x: np.can_cast(x.values.dtype, np.int32)
-    values = [x.whole() for x in (key, query)]
-    if not fits(key) and not fits(query):
+    wide = [x for x in (key, query) if not np.can_cast(x.values.dtype, np.int32)]
+    if len(wide) == 2:
         raise NotSeparable("integers of more than 32 bits on both sides")
-    limits = np.iinfo(np.int32)
-    for i, side in enumerate((key, query)):
-        if not fits(side):  # beyond all that the other side can hold, where it holds no extreme itself
-            xp = np if isinstance(values[i], np.ndarray) else jnp
-            dtype = values[i].dtype
-            low, high = max(limits.min, np.iinfo(dtype).min), min(limits.max, np.iinfo(dtype).max)
-            values[i] = xp.clip(values[i], dtype.type(low), dtype.type(high))
-    return values[0].astype(np.int32), values[1].astype(np.int32)
+    if not wide:
+        return Comparison(operator, key.whole().astype(np.int32), query.whole().astype(np.int32))
+    (side,) = wide
+    dtype, limits = side.values.dtype, np.iinfo(np.int32)
+    low, high = (dtype.type(x) for x in (max(limits.min, np.iinfo(dtype).min), min(limits.max, np.iinfo(dtype).max)))
+    xp = np if isinstance(side.values, np.ndarray) else jnp
+    clipped = Sided(side.side, xp.clip(side.values, low, high).astype(np.int32), side.sizes)
+    rule = _comparison(operator, *(clipped if x is side else x for x in (key, query)))
+    rule &= as_rule((side >= low) & (side <= high))
+    if operator == "equal":
+        return rule
+    certain = side > high if (side is query) == operator.startswith("less") else side < low
+    return rule | as_rule(certain)
