@@ -100,7 +100,7 @@ def explain(query: Any, key: Any, value: Any, *, platform: str | None = None, **
       >>> import jax
       >>> from attnjax import Causal, explain
       >>> q = jax.ShapeDtypeStruct((1, 4096, 8, 64), "float32")
-      >>> print(explain(q, q, q, mask=Causal(), platform="cpu").choices["forward"].name)
+      >>> print(explain(q, q, q, mask=Causal(), platform="tpu").choices["forward"].name)
       xla
     """
     platform = jax.default_backend() if platform is None else platform

@@ -37,22 +37,22 @@ def check_name(implementation: str | None) -> None:
     raise ValueError(f"implementation {implementation!r} is unknown: expected one of {sorted(KERNELS)} or None.{hint}")
 
 
-def choose(
-    problem: Problem, operands: list[Any], platform: str, part: str, *, exported: bool = False
-) -> Choice:
+def choose(problem: Problem, operands: list[Any], platform: str, part: str, *, exported: bool = False) -> Choice:
     """The implementation for one of `PARTS`.
 
     Args:
       problem, operands: the call; the operands may be `jax.ShapeDtypeStruct`.
-      platform: what it is compiled for.
+      platform: what it is compiled for; "" where the body is differentiated as a whole, which makes it "higher".
       part: one of `PARTS`.
-      exported: by `jax.export`, whose programs run where attnjax may not be installed: not with compiled kernels, unless
-        one is named.
+      exported: by `jax.export`, whose programs run where attnjax may not be installed: not with compiled kernels,
+        unless one is named.
 
     Raises:
       NotImplementedError: the implementation that was named cannot take the problem.
     """
-    named = problem.implementation
+    named, part = problem.implementation, part if platform else "higher"
+    if named is not None and part not in parts_of(named):  # its config says nothing to those that run this part
+        problem = dataclasses.replace(problem, config=None)
     refusals = {name: kernel.unsupported(problem, operands, platform, part) for name, kernel in KERNELS.items()}
     if named is not None and (part in parts_of(named) or refusals[named] is None):
         if refusals[named] is not None:
