@@ -20,6 +20,7 @@ IMPLEMENTATIONS = {
     "one_tile": {"implementation": "xla"},
     "tiles": {"implementation": "xla", "config": xla.Config(block_q=4, block_k=4)},
     "tiles_of_one_head": {"implementation": "xla", "config": xla.Config(block_q=5, block_k=3, lanes=1)},
+    "compiled": {"implementation": "cpu"},
 }
 every_implementation = pytest.mark.parametrize("options", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 
@@ -39,7 +40,8 @@ every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 
 
 PLAIN_OR_NOT = {name: (options, True) for name, options in IMPLEMENTATIONS.items()}
-PLAIN_OR_NOT["tiles_without_score_and_sinks"] = (IMPLEMENTATIONS["tiles"], False)
+for name in ("tiles", "compiled"):
+    PLAIN_OR_NOT[f"{name}_without_score_and_sinks"] = (IMPLEMENTATIONS[name], False)
 
 
 def arrays():
@@ -113,8 +115,15 @@ def forbid(x, allowed, how):
     return {"score": score}
 
 
-@every_implementation
-@pytest.mark.parametrize("how", ["bias", "function"])
+FORBIDDING = [
+    pytest.param(how, options, id=f"{how}-{name}")
+    for how in ("bias", "function")
+    for name, options in IMPLEMENTATIONS.items()
+    if (how, name) != ("function", "compiled")  # which takes no functions
+]
+
+
+@pytest.mark.parametrize("how, options", FORBIDDING)
 def test_minus_infinity_forbids_a_pair(how, options):
     """A logit of -inf is what a mask is, in derivatives of second order too, also where a whole row is -inf."""
     x = arrays()

@@ -1,7 +1,7 @@
 """implementation="cpu": the compiled kernel for CPUs (`native/`, C++), the fastest there. Forward and backward.
 
-Here a problem is put into the kernel's words: the mask as comparisons of numbers by key and by query (`core.sides`), the
-scores as arrays. The library is loaded when the first program is compiled for a CPU.
+Here a problem is put into the kernel's words: the mask as comparisons of numbers by key and by query (`core.sides`),
+the scores as arrays. The library is loaded when the first program is compiled for a CPU.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class Config:
     def __post_init__(self) -> None:
         if self.isa is not None and self.isa not in instruction_sets():
             have = ", ".join(instruction_sets()) or f"none: {missing()}"
-            raise ValueError(f"Config: isa must be one of those that this processor can run ({have}), got {self.isa!r}.")
+            raise ValueError(f"Config: isa must be one of those that run on this processor ({have}), got {self.isa!r}.")
         if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
             raise ValueError(f"Config: threads must be an integer of at least 1 or None, got {self.threads!r}.")
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those that the kernel was compiled for and this processor can run, the fastest first; empty without the kernel."""
+    """Those that the kernel was compiled for and this processor runs, the fastest first; empty without the kernel."""
     library = _library()
     return () if isinstance(library, str) else tuple(library.attnjax_instruction_sets().decode().split(","))
 
@@ -127,7 +127,9 @@ def backward(
     first_three = {i: (*problem.sizes.batch, *operands[i].shape[-3:]) for i in range(3) if i in shapes}
     scores = {n: score.gradient_shape(shapes) for n, score in enumerate(call.scores) if score.wanted(shapes)}
     flags = [i in first_three for i in range(3)] + [n in scores for n in range(len(call.scores))]
-    if any(flags):
+    if not math.prod((*problem.sizes.batch, problem.sizes.query_length, problem.sizes.key_length)):  # no pairs
+        made = {i: jnp.zeros(shape, problem.accumulate) for i, shape in wanted} | made
+    elif any(flags):
         results = [jax.ShapeDtypeStruct(s, problem.accumulate) for s in (*first_three.values(), *scores.values())]
         given = [*rows, ct_out.astype(problem.dtype), ct_lse.astype(problem.accumulate)]
         attributes = call.attributes | {"wanted": np.array(flags, np.int64)}
@@ -335,9 +337,7 @@ def _by_distance(problem: Problem, node: Score) -> Array:
     """What a score adds, by t - s + S - 1: [*batch or 1, N, T + S - 1]. The score itself is asked, with one query."""
     sizes = problem.sizes
     n = len(sizes.batch)
-    leaves = [
-        tile_form(leaf, axes, n, sizes.group) if is_array(leaf) else leaf for _, leaf, axes in node.operands()
-    ]
+    leaves = [tile_form(leaf, axes, n, sizes.group) if is_array(leaf) else leaf for _, leaf, axes in node.operands()]
     lanes = tuple(max((leaf.shape[i] for leaf in leaves), default=1) for i in range(n))
     spans = (0, sizes.key_heads), (0, 1), (1 - sizes.query_length, _distances(sizes))
     one = dataclasses.replace(sizes, batch=lanes)
