@@ -16,6 +16,7 @@ import pytest
 from attnjax import profiling
 from attnjax.bench import accuracy, cases, cli, peers, report
 from attnjax.bench.cases import CASES, Case
+from attnjax.kernels import cpu
 
 SMALL = Case("small", T=24, S=24, B=2, N=4, K=4, H=8, V=8)
 
@@ -173,7 +174,7 @@ def _asked(rules):
     return case, arrays, accuracy.consult(case, arrays)
 
 
-@pytest.mark.parametrize("name", ["xla", "jax.nn", "flax", "torch", "tokamax"])
+@pytest.mark.parametrize("name", ["cpu", "xla", "jax.nn", "flax", "torch", "tokamax"])
 @pytest.mark.parametrize("rules", RULES)
 def test_a_competitor_does_the_case_or_says_why_not(name, rules):
     if peers.COMPETITORS[name].absent:
@@ -182,7 +183,7 @@ def test_a_competitor_does_the_case_or_says_why_not(name, rules):
     try:
         prepared = peers.COMPETITORS[name].prepare(case, arrays, 2**30, True)
     except peers.CannotDo as error:
-        assert rules in ("soft-cap", "values") and name not in ("xla", "tokamax"), error
+        assert rules in ("soft-cap", "values") and name not in ("cpu", "xla", "tokamax"), error
         return
     made = prepared.to_numpy(prepared.run("checked"))
     errors = oracle.errors(made)
@@ -376,6 +377,22 @@ def test_an_interruption_keeps_what_was_measured(monkeypatch, capsys):
     monkeypatch.setitem(peers.COMPETITORS, "fake", _fake(stop))
     assert cli.main(["bench", "--case", "tiny", "--impl", "fake"]) == 130
     assert "attnjax bench --case tiny --impl fake" in capsys.readouterr().out
+
+
+@pytest.mark.compiled
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    lines = {line[:10].strip(): line[10:].strip() for line in capsys.readouterr().out.splitlines()}
+    assert f"jax {jax.__version__}," in lines["versions"]
+    assert lines["devices"].startswith(f"{len(jax.devices())} x ") and f"({jax.default_backend()})" in lines["devices"]
+    fastest, *others = cpu.instruction_sets()
+    assert lines["cpu kernel"] == fastest + (f"; also {', '.join(others)}" if others else "")
+
+
+def test_info_where_the_kernel_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "_library", lambda: "the compiled kernel was not built")
+    assert cli.main(["info"]) == 0
+    assert "cpu kernel  none: the compiled kernel was not built" in capsys.readouterr().out
 
 
 # The report.

@@ -18,10 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from attnjax import profiling
 from attnjax.bench import report
 from attnjax.bench.cases import CASES, Case, select
 from attnjax.bench.peers import COMPETITORS
-from attnjax.bench.run import FORMAT, Row, Settings, default_limit, measure, record
+from attnjax.bench.run import FORMAT, Row, Settings, default_limit, measure, record, versions
+from attnjax.kernels import cpu
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -58,7 +60,25 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     bench.add_argument("--list", action="store_true", help="run nothing, list cases and competitors")
     bench.set_defaults(command=_bench)
+
+    text = "Prints what there is here: versions, devices, and the compiled kernel for CPUs, or why it is missing."
+    info = commands.add_parser("info", help="print versions, devices and the compiled kernel", description=text)
+    info.set_defaults(command=_info)
     return parser
+
+
+def _info(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    machine, sets = profiling.describe_machine(), cpu.instruction_sets()
+    others = f"; also {', '.join(sets[1:])}" if sets[1:] else ""
+    lines = {
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "devices": f"{machine['devices']} x {machine['device']} ({machine['platform']})",
+        "processor": f"{machine['processor']}, {machine['cores']} cores, {' '.join(machine['features'])}",
+        "cpu kernel": f"{sets[0]}{others}" if sets else f"none: {cpu.missing()}",
+    }
+    for name, text in lines.items():
+        print(f"{name:11} {text}")
+    return 0
 
 
 def _bench(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
