@@ -13,6 +13,7 @@ import pytest
 from problems import IMPLEMENTATIONS
 
 import attnjax
+from attnjax.kernels import cpu
 
 # A float32 and a float64 never meet silently: a forgotten cast is an error here, not a slow float64 program.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -47,6 +48,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="compile every test with all of XLA's optimisations, not only those that ask for them",
     )
+    parser.addoption(
+        "--without-compiled-kernel",
+        action="store_true",
+        help="skip the tests of implementation='cpu', where its library was not built; without this that is an error",
+    )
 
 
 def pytest_configure(config):
@@ -56,6 +62,23 @@ def pytest_configure(config):
     code passes `problems.OPTIMISED` to jax.jit, one that measures time runs in a process of its own.
     """
     jax.config.update("jax_disable_most_optimizations", not config.getoption("--optimised"))
+    config.addinivalue_line(
+        "markers", "compiled: needs the compiled kernel, as does every test of implementation='cpu'"
+    )
+    if cpu.missing() and not config.getoption("--without-compiled-kernel"):
+        raise pytest.UsageError(f"{cpu.missing()}. To skip its tests: pytest --without-compiled-kernel")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skips what needs the compiled kernel where that is asked for, and then by name and not by its absence."""
+    if not config.getoption("--without-compiled-kernel"):
+        return
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        names = [given.get(argument) for argument in ("implementation", "attend", "name")]
+        names += [one.get("implementation") for one in given.values() if isinstance(one, dict)]
+        if "cpu" in names or item.get_closest_marker("compiled"):
+            item.add_marker(pytest.mark.skip(reason="--without-compiled-kernel"))
 
 
 def pytest_terminal_summary(terminalreporter):

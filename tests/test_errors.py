@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import attnjax as aj
-from attnjax.kernels import xla
+from attnjax.kernels import cpu, xla
 
 
 def floats(*shape, dtype=jnp.float32):
@@ -271,12 +271,33 @@ CONFIG = xla.Config(block_q=2)
         NotImplementedError,
         "'reference' cannot: reference has no config...xla can",
     ),
-    ("config", lambda: call(config=128), TypeError, "config must be an attnjax.kernels.xla.Config, got int"),
+    (
+        "config",
+        lambda: call(config=128),
+        TypeError,
+        "config must be an attnjax.kernels.xla.Config or an attnjax.kernels.cpu.Config, got int",
+    ),
     ("config_dict", lambda: call(config={"block_q": 2}), TypeError, "config must be...got dict"),
     ("block_zero", lambda: xla.Config(block_q=0), ValueError, "Config: block_q must be an integer of at least 1"),
     ("block_float", lambda: xla.Config(block_k=1.5), ValueError, "Config: block_k must be an integer of at least 1"),
     ("lanes", lambda: xla.Config(lanes=-1), ValueError, "Config: lanes must be an integer of at least 1"),
     ("lanes_true", lambda: xla.Config(lanes=True), ValueError, "Config: lanes must be an integer of at least 1"),
+    ("isa", lambda: cpu.Config(isa="nonsense"), ValueError, "Config: isa must be one of those that...got 'nonsense'"),
+    ("isa_number", lambda: cpu.Config(isa=2), ValueError, "Config: isa must be one of those that...got 2"),
+    ("threads_zero", lambda: cpu.Config(threads=0), ValueError, "Config: threads must be an integer of at least 1"),
+    ("threads_true", lambda: cpu.Config(threads=True), ValueError, "Config: threads must be an integer of at least 1"),
+    (
+        "other_config",
+        lambda: call(implementation="cpu", config=CONFIG),
+        ValueError,
+        "config is one of 'xla' and implementation is 'cpu': give one of that",
+    ),
+    (
+        "other_config_too",
+        lambda: call(implementation="xla", config=cpu.Config(threads=1)),
+        ValueError,
+        "config is one of 'cpu' and implementation is 'xla': give one of that",
+    ),
 )
 def test_implementations_and_configs_that_do_not_fit(bad, error, text):
     check(bad, error, text)
