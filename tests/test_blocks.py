@@ -163,7 +163,8 @@ def answers(mask, shape, *, with_map, config):
     def solve(x, d, block_map):
         def loss(x):
             options = {"block_map": block_map} if with_map else {"config": config}
-            out, lse = aj.attention(x["q"], x["k"], x["v"], mask=mask.mask(d), return_lse=True, **options)
+            options |= {"implementation": "xla", "return_lse": True}
+            out, lse = aj.attention(x["q"], x["k"], x["v"], mask=mask.mask(d), **options)
             return jnp.sin(out).sum() + jnp.where(lse == -jnp.inf, 0, lse).sum(), (out, lse)
 
         return jax.value_and_grad(loss, has_aux=True)(x)
@@ -193,7 +194,7 @@ def test_one_map_for_many_layers():
     h = arrays(Shape(batch=(), T=40, S=40, N=2, K=2))["q"]
 
     def product(options, h):
-        layer = lambda h, _: (h + aj.attention(h, h, h, mask=mask, **options), None)
+        layer = lambda h, _: (h + aj.attention(h, h, h, mask=mask, implementation="xla", **options), None)
         loss = lambda h: jnp.sin(jax.lax.scan(layer, h, None, length=2)[0]).sum()
         return jax.jvp(jax.grad(loss), (h,), (h,))
 

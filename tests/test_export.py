@@ -13,6 +13,9 @@ from derivatives import derive, drawn, everything, like, little, total
 from jax import export
 from problems import FAST_COMPILE
 
+import attnjax as aj
+from attnjax.kernels import cpu
+
 FLOATS, INTEGERS = drawn()
 jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 
@@ -53,6 +56,33 @@ def test_what_is_exported_can_be_differentiated():
     again = exported(little, ["cpu"], vjp_order=1)
     loss = lambda call: lambda x: jnp.sin(call(x, INTEGERS)[0]).sum()
     close(*(jit(jax.grad(loss(call)))(FLOATS) for call in (again.call, little)))
+
+
+def simple(x, implementation=None):
+    options = dict(mask=aj.Causal(), score=(aj.SoftCap(3.0), aj.ALiBi(x["slopes"])), implementation=implementation)
+    call = lambda x: aj.attention(x["query"], x["key"], x["value"], **options)
+    return call(x), jax.grad(lambda x: jnp.sin(call(x)).sum())(x)
+
+
+def test_an_exported_program_has_no_compiled_kernel_in_it():
+    """It is to run where attnjax may not be installed; named, the kernel is in it, for those who say that they know."""
+    program = export.export(jit(simple), platforms=["cpu"])(FLOATS)
+    assert "custom_call" not in program.mlir_module()
+    want = jit(functools.partial(simple, implementation="xla"))(FLOATS)
+    close(export.deserialize(program.serialize()).call(FLOATS), want)
+
+
+@pytest.mark.compiled
+def test_exporting_the_compiled_kernel_by_name():
+    named = jit(functools.partial(simple, implementation="cpu"))
+    with pytest.raises(ValueError, match="Cannot serialize code with custom calls whose targets have no compatibility"):
+        export.export(named, platforms=["cpu"])(FLOATS)
+    allowed = [export.DisabledSafetyCheck.custom_call(f"attnjax_{part}") for part in cpu.PARTS]
+    program = export.export(named, platforms=["cpu"], disabled_checks=allowed)(FLOATS)
+    assert "attnjax_backward" in program.mlir_module()
+    jax.tree.map(np.testing.assert_array_equal, export.deserialize(program.serialize()).call(FLOATS), named(FLOATS))
+    with pytest.raises(NotImplementedError, match="runs on CPUs only, not on cuda"):
+        export.export(named, platforms=["cuda"], disabled_checks=allowed)(FLOATS)
 
 
 def exported(function, platforms, **options):
