@@ -9,7 +9,7 @@
 namespace attnjax::ATTNJAX_ISA {
 namespace {
 
-bool in_pairs(const Call& c) { return kMultipliesPairs && c.query.type == Type::bf16; }
+[[maybe_unused]] bool in_pairs(const Call& c) { return c.query.type == Type::bf16; }
 
 template <class A>
 void forward(const Call& c, const Run& run) {

@@ -134,7 +134,7 @@ inline Vector<float> exponential(Vector<float> x) {
   p = p * f + splat(0.5f);
   p = p * f + splat(1.0f);
   p = p * f + splat(1.0f);
-  return bits<float, int32_t>(bits<int32_t, float>(p) + (bits<int32_t, float>(t) << 23));
+  return bits<float, uint32_t>(bits<uint32_t, float>(p) + (bits<uint32_t, float>(t) << 23));
 }
 
 constexpr double inverse_factorial(int n) {
@@ -154,7 +154,7 @@ inline Vector<double> exponential(Vector<double> x) {
   V p = splat(inverse_factorial(13));
 #pragma GCC unroll 16
   for (int i = 12; i >= 0; i--) p = p * f + splat(inverse_factorial(i));
-  return bits<double, int64_t>(bits<int64_t, double>(p) + (bits<int64_t, double>(t) << 52));
+  return bits<double, uint64_t>(bits<uint64_t, double>(p) + (bits<uint64_t, double>(t) << 52));
 }
 
 // tanh(x). Where |x| is small by Taylor's polynomial of exp(y) - 1 with y = 2x, where 1 - 2 / (exp(y) + 1) would cancel.
