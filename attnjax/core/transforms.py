@@ -69,9 +69,7 @@ def _attention_batch(operands: list, dims: list, *, problem: Problem) -> Any:
     return attention_p.bind(*operands, problem=problem.with_batch(size)), [0, 0, 0]
 
 
-def _tangent(
-    *args: Array, platform: str, exported: bool, problem: Problem, moved: tuple[int, ...]
-) -> list[Array]:
+def _tangent(*args: Array, platform: str, exported: bool, problem: Problem, moved: tuple[int, ...]) -> list[Array]:
     """Operands, rows, and the tangents of the operands in `moved`."""
     count = problem.program.count
     operands, rows, tangents = list(args[:count]), Rows(*args[count : count + 3]), list(args[count + 3 :])
