@@ -1,6 +1,6 @@
-// Plays XLA: calls the compiled kernel with call frames of odd problems, on threads of its own, and compares with the plain
-// formula in float64. Made for sanitizers (`make sanitize`): every array has a piece of the heap that is exactly its size.
-// Usage: frames <path of libattnjax_cpu.so> [part of a case's name]
+// Plays XLA: calls the compiled kernel with call frames of odd problems, on threads of its own, and compares with the
+// plain formula in float64. Made for sanitizers (`make sanitize`): every array has a piece of the heap that is exactly
+// its size. Usage: frames <path of libattnjax_cpu.so> [part of a case's name]
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -41,8 +41,8 @@ void compare(const std::string& where, const char* name, Array& found, const Arr
   if (!(error <= unit * most)) fail(where, std::string(name) + " is off by " + std::to_string(error));
 }
 
-// A mask is written in postfix: comparisons of the indices, c causal, w window, p prefix, l lengths, g the last keys, and
-// s segments; arrays of booleans d [N, T, S] and D [1, T, 1]; of bits b [N, T, S] and B [1, 1, S]; and & | ~.
+// A mask is written in postfix: comparisons of the indices, c causal, w window, p prefix, l lengths, g the last keys,
+// and s segments; arrays of booleans d [N, T, S] and D [1, T, 1]; of bits b [N, T, S] and B [1, 1, S]; and & | ~.
 // Scores: c soft cap; biases b [N, T, S], B [1, T, S], k [N, 1, S], q [1, T, 1], o [1, 1, 1]; by distance d [N], D [1].
 struct Case {
   const char* name;
@@ -79,7 +79,8 @@ const Case kCases[] = {
 class Problem {
  public:
   Problem(const Case& c, Type type, unsigned seed) : c_(c), type_(type), wide_(wide(type)), random_(seed) {
-    query_ = floats(type, {c.T, c.N, c.H}), key_ = floats(type, {c.S, c.K, c.H}), value_ = floats(type, {c.S, c.K, c.V});
+    query_ = floats(type, {c.T, c.N, c.H}), key_ = floats(type, {c.S, c.K, c.H}),
+    value_ = floats(type, {c.S, c.K, c.V});
     sinks_ = floats(wide_, {c.N});
     seed_ = make(XLA_FFI_DataType_U32, batched({}), [&](const Sizes&) { return random_(); });
     for (char step : c.mask) add_mask(step);
@@ -180,17 +181,38 @@ class Problem {
     auto up_to = [&](int64_t most) { return [this, most](const Sizes&) { return double(random_() % (most + 1)); }; };
     const int64_t bytes = (c_.S + 7) / 8;
     switch (step) {
-      case 'c': add(0, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, index(c_.S - c_.T)); break;
-      case 'w': add(4, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, index(c_.S - c_.T - 20)); break;
-      case 'p': add(1, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, up_to(c_.S)); break;
-      case 'l': add(1, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, up_to(c_.S / 2)); break;
-      case 'g': add(3, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, up_to(c_.S)); break;
-      case 's': add(2, {c_.S}, integer, up_to(2)), add(-1, {c_.T}, integer, up_to(2)); break;
-      case 'd': add(5, {c_.N, c_.T, c_.S}, boolean, any); break;
-      case 'D': add(5, {1, c_.T, 1}, boolean, any); break;
-      case 'b': add(6, {c_.N, c_.T, bytes}, byte, bits); break;
-      case 'B': add(6, {1, 1, bytes}, byte, bits); break;
-      default: codes_.push_back(step == '&' ? 7 : step == '|' ? 8 : 9);
+      case 'c':
+        add(0, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, index(c_.S - c_.T));
+        break;
+      case 'w':
+        add(4, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, index(c_.S - c_.T - 20));
+        break;
+      case 'p':
+        add(1, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, up_to(c_.S));
+        break;
+      case 'l':
+        add(1, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, up_to(c_.S / 2));
+        break;
+      case 'g':
+        add(3, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, up_to(c_.S));
+        break;
+      case 's':
+        add(2, {c_.S}, integer, up_to(2)), add(-1, {c_.T}, integer, up_to(2));
+        break;
+      case 'd':
+        add(5, {c_.N, c_.T, c_.S}, boolean, any);
+        break;
+      case 'D':
+        add(5, {1, c_.T, 1}, boolean, any);
+        break;
+      case 'b':
+        add(6, {c_.N, c_.T, bytes}, byte, bits);
+        break;
+      case 'B':
+        add(6, {1, 1, bytes}, byte, bits);
+        break;
+      default:
+        codes_.push_back(step == '&' ? 7 : step == '|' ? 8 : 9);
     }
   }
 
@@ -228,7 +250,8 @@ class Problem {
           (seen(i[0], i[1], i[2], t, s) ? none : all) = false;
       return random_() % 8 == 0 ? 1.0 : none ? 0.0 : all ? 2.0 : 1.0;
     };
-    kinds_ = make(XLA_FFI_DataType_S8, join(c_.batch, {by_head ? c_.N : 1, (c_.T + q - 1) / q, (c_.S + k - 1) / k}), kind);
+    kinds_ =
+        make(XLA_FFI_DataType_S8, join(c_.batch, {by_head ? c_.N : 1, (c_.T + q - 1) / q, (c_.S + k - 1) / k}), kind);
   }
 
   void add_score(char step) {
@@ -245,14 +268,29 @@ class Problem {
       }
     };
     switch (step) {
-      case 'b': bias(c_.N, c_.T, c_.S); break;
-      case 'B': bias(1, c_.T, c_.S); break;
-      case 'k': bias(c_.N, 1, c_.S); break;
-      case 'q': bias(1, c_.T, 1); break;
-      case 'o': bias(1, 1, 1); break;
-      case 'd': add(wide_, {c_.N, distances}, {c_.N, distances}); break;
-      case 'D': add(wide_, {1, distances}, {c_.N, distances}); break;
-      default: scores_.push_back({}), d_scores_.push_back({});
+      case 'b':
+        bias(c_.N, c_.T, c_.S);
+        break;
+      case 'B':
+        bias(1, c_.T, c_.S);
+        break;
+      case 'k':
+        bias(c_.N, 1, c_.S);
+        break;
+      case 'q':
+        bias(1, c_.T, 1);
+        break;
+      case 'o':
+        bias(1, 1, 1);
+        break;
+      case 'd':
+        add(wide_, {c_.N, distances}, {c_.N, distances});
+        break;
+      case 'D':
+        add(wide_, {1, distances}, {c_.N, distances});
+        break;
+      default:
+        scores_.push_back({}), d_scores_.push_back({});
     }
   }
 
@@ -263,7 +301,8 @@ class Problem {
   }
 
   bool kept(int64_t b0, int64_t b1, int64_t n, int64_t t, int64_t s) const {
-    uint32_t row = mix(static_cast<uint32_t>(seed_({b0, b1})) + static_cast<uint32_t>(b1) * 0x9E3779B1u);  // b0 is mapped
+    uint32_t row =
+        mix(static_cast<uint32_t>(seed_({b0, b1})) + static_cast<uint32_t>(b1) * 0x9E3779B1u);  // b0 is mapped
     row = mix(row + static_cast<uint32_t>(n) * 0x85EBCA77u);
     row = mix(row + static_cast<uint32_t>(t) * 0xC2B2AE3Du);
     return mix(row + static_cast<uint32_t>(s) * 0x27D4EB2Fu) >= std::nearbyint(c_.dropout * 4294967296.0);

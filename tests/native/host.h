@@ -1,4 +1,5 @@
-// XLA's side of the interface, for frames.cc: arrays in the heap, errors, threads, call frames. Knows nothing of attention.
+// XLA's side of the interface, for frames.cc: arrays in the heap, errors, threads, call frames. Knows nothing of
+// attention.
 #pragma once
 
 #include <cmath>
@@ -26,13 +27,17 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 inline int64_t bytes_of(Type type) {
   switch (type) {
-    case XLA_FFI_DataType_F64: return 8;
+    case XLA_FFI_DataType_F64:
+      return 8;
     case XLA_FFI_DataType_F32:
     case XLA_FFI_DataType_S32:
-    case XLA_FFI_DataType_U32: return 4;
+    case XLA_FFI_DataType_U32:
+      return 4;
     case XLA_FFI_DataType_BF16:
-    case XLA_FFI_DataType_F16: return 2;
-    default: return 1;
+    case XLA_FFI_DataType_F16:
+      return 2;
+    default:
+      return 1;
   }
 }
 
@@ -52,7 +57,8 @@ inline uint16_t float16(double x) {
   if (x == 0) return 0;
   int exponent;
   double fraction = std::frexp(std::fabs(x), &exponent);  // in [0.5, 1)
-  return static_cast<uint16_t>((x < 0) << 15 | (exponent + 14) << 10 | static_cast<int>(std::ldexp(fraction, 11) - 1024));
+  return static_cast<uint16_t>((x < 0) << 15 | (exponent + 14) << 10 |
+                               static_cast<int>(std::ldexp(fraction, 11) - 1024));
 }
 
 inline double from_float16(uint16_t x) {
@@ -64,30 +70,40 @@ inline double from_float16(uint16_t x) {
 
 inline void encode(char* to, Type type, double x) {
   switch (type) {
-    case XLA_FFI_DataType_F64: return put(to, x);
-    case XLA_FFI_DataType_F32: return put(to, static_cast<float>(x));
-    case XLA_FFI_DataType_S32: return put(to, static_cast<int32_t>(x));
-    case XLA_FFI_DataType_U32: return put(to, static_cast<uint32_t>(x));
-    case XLA_FFI_DataType_F16: return put(to, float16(x));
+    case XLA_FFI_DataType_F64:
+      return put(to, x);
+    case XLA_FFI_DataType_F32:
+      return put(to, static_cast<float>(x));
+    case XLA_FFI_DataType_S32:
+      return put(to, static_cast<int32_t>(x));
+    case XLA_FFI_DataType_U32:
+      return put(to, static_cast<uint32_t>(x));
+    case XLA_FFI_DataType_F16:
+      return put(to, float16(x));
     case XLA_FFI_DataType_BF16: {
       const float y = static_cast<float>(x);
       return std::memcpy(to, reinterpret_cast<const char*>(&y) + 2, 2), void();
     }
-    default: return put(to, static_cast<uint8_t>(x));
+    default:
+      return put(to, static_cast<uint8_t>(x));
   }
 }
 
 inline double decode(const char* from, Type type) {
   switch (type) {
-    case XLA_FFI_DataType_F64: return got<double>(from);
-    case XLA_FFI_DataType_F32: return got<float>(from);
-    case XLA_FFI_DataType_F16: return from_float16(got<uint16_t>(from));
+    case XLA_FFI_DataType_F64:
+      return got<double>(from);
+    case XLA_FFI_DataType_F32:
+      return got<float>(from);
+    case XLA_FFI_DataType_F16:
+      return from_float16(got<uint16_t>(from));
     case XLA_FFI_DataType_BF16: {
       float y = 0;
       std::memcpy(reinterpret_cast<char*>(&y) + 2, from, 2);
       return y;
     }
-    default: return NAN;
+    default:
+      return NAN;
   }
 }
 
@@ -163,7 +179,9 @@ inline XLA_FFI_Api api() {
   made.struct_size = XLA_FFI_Api_STRUCT_SIZE;
   made.api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
   made.XLA_FFI_Error_Create = [](XLA_FFI_Error_Create_Args* args) { return new XLA_FFI_Error{args->message}; };
-  made.XLA_FFI_Error_GetMessage = [](XLA_FFI_Error_GetMessage_Args* args) { args->message = args->error->message.c_str(); };
+  made.XLA_FFI_Error_GetMessage = [](XLA_FFI_Error_GetMessage_Args* args) {
+    args->message = args->error->message.c_str();
+  };
   made.XLA_FFI_Error_Destroy = [](XLA_FFI_Error_Destroy_Args* args) { delete args->error; };
   made.XLA_FFI_ThreadPool_Schedule = [](XLA_FFI_ThreadPool_Schedule_Args* args) -> XLA_FFI_Error* {
     args->ctx->schedule(args->task, args->data);
@@ -242,8 +260,8 @@ inline std::string call(XLA_FFI_Handler* handler, XLA_FFI_ExecutionContext& cont
   frame.api = &functions, frame.ctx = &context, frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
   frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, static_cast<int64_t>(args.size()), arg_types.data(), args.data()};
   frame.rets = {XLA_FFI_Rets_STRUCT_SIZE, nullptr, static_cast<int64_t>(rets.size()), ret_types.data(), rets.data()};
-  frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr,          static_cast<int64_t>(values.size()),
-                 kinds.data(),              name_pointers.data(), values.data()};
+  frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr,      static_cast<int64_t>(values.size()), kinds.data(),
+                 name_pointers.data(),      values.data()};
   std::unique_ptr<XLA_FFI_Error> error(handler(&frame));
   return error ? error->message : "";
 }

@@ -1,7 +1,7 @@
-// The backward: gradients of query, key, value and of the scores' arrays. A task has some keys of one key/value head (or
-// of all heads, where they share the gradient of a bias) and passes over all queries: five products, nothing computed
-// twice. Gradients by query are added up in the order of the keys, which tickets enforce, so the sums are the same for
-// any number of threads.
+// The backward: gradients of query, key, value and of the scores' arrays. A task has some keys of one key/value head
+// (or of all heads, where they share the gradient of a bias) and passes over all queries: five products, nothing
+// computed twice. Gradients by query are added up in the order of the keys, which tickets enforce, so the sums are the
+// same for any number of threads.
 #pragma once
 
 #include "panel.h"
@@ -98,7 +98,8 @@ class Backward {
       const Score& score = c.score[i];
       if (!score.gradient) continue;
       if (score.step == ScoreStep::by_distance) sums_[i] = arena_.take<A>(group * (c.queries + kSpan));
-      if (score.step == ScoreStep::bias && !score.pairs.query && score.pairs.key) sums_[i] = arena_.take<A>(group * kSpan);
+      if (score.step == ScoreStep::bias && !score.pairs.query && score.pairs.key)
+        sums_[i] = arena_.take<A>(group * kSpan);
     }
   }
 
@@ -135,7 +136,8 @@ class Backward {
       const char* out = static_cast<const char*>(c.out) + row * c.value_size * size_of(type);
       const char* d_out = static_cast<const char*>(c.d_out) + row * c.value_size * size_of(type);
       V sum = {};
-      for (int64_t v = 0; v < c.value_size; v += W) sum += fetch<A>(out, type, v, c.value_size) * fetch<A>(d_out, type, v, c.value_size);
+      for (int64_t v = 0; v < c.value_size; v += W)
+        sum += fetch<A>(out, type, v, c.value_size) * fetch<A>(d_out, type, v, c.value_size);
       A all = 0;
       for (int i = 0; i < W; i++) all += sum[i];
       delta[row] = all - static_cast<const A*>(c.d_lse)[row];
@@ -188,9 +190,11 @@ class Backward {
       for (int64_t i = 0; i < keys * wide_h_; i++) d_key_[i] *= static_cast<A>(c_.scale);
     for (int64_t j = 0; j < keys; j++) {
       int64_t row = (lane_ * c_.keys + start_ + j) * c_.key_heads + kv_;
-      if (c_.d_key) std::memcpy(static_cast<A*>(c_.d_key) + row * c_.head_size, d_key_ + j * wide_h_, c_.head_size * sizeof(A));
+      if (c_.d_key)
+        std::memcpy(static_cast<A*>(c_.d_key) + row * c_.head_size, d_key_ + j * wide_h_, c_.head_size * sizeof(A));
       if (c_.d_value)
-        std::memcpy(static_cast<A*>(c_.d_value) + row * c_.value_size, d_value_ + j * wide_v_, c_.value_size * sizeof(A));
+        std::memcpy(static_cast<A*>(c_.d_value) + row * c_.value_size, d_value_ + j * wide_v_,
+                    c_.value_size * sizeof(A));
     }
     add_sums(head, static_cast<int32_t>(number), keys);
   }
@@ -379,7 +383,8 @@ class Backward {
       }
       keys += low * h;
     }
-    add_product<A, true>(d_query_, L, keys, h, change, L, depth_of<A, E>(high - low), static_cast<int>(h), panel_.vectors);
+    add_product<A, true>(d_query_, L, keys, h, change, L, depth_of<A, E>(high - low), static_cast<int>(h),
+                         panel_.vectors);
   }
 
   bool rows_hidden() const {
@@ -445,8 +450,7 @@ class Backward {
         rows[l] = l < panel_.rows ? reinterpret_cast<char*>(static_cast<A*>(c_.d_query) + row * c_.head_size) : nullptr;
         factor[l] = static_cast<A>(c_.scale);
       }
-      lanes_to_rows<A>(rows, kOwnType<A>, d_query_, factor, c_.head_size, panel_.vectors,
-                       number != ticket.first);
+      lanes_to_rows<A>(rows, kOwnType<A>, d_query_, factor, c_.head_size, panel_.vectors, number != ticket.first);
     }
     for (int i = 0; i < c_.scores; i++) {
       const Score& score = c_.score[i];
@@ -461,7 +465,8 @@ class Backward {
   // Adds what is summed by key (its own rows) and by distance (in turn).
   void add_sums(int64_t head, int32_t number, int64_t keys) {
     bool in_turn = false;
-    for (int i = 0; i < c_.scores; i++) in_turn = in_turn || (c_.score[i].gradient && c_.score[i].step == ScoreStep::by_distance);
+    for (int i = 0; i < c_.scores; i++)
+      in_turn = in_turn || (c_.score[i].gradient && c_.score[i].step == ScoreStep::by_distance);
     if (in_turn) wait(&shared_.distance[head], number);
     for (int i = 0; i < c_.scores; i++) {
       if (!sums_[i]) continue;

@@ -48,8 +48,8 @@ struct Score {
   ScoreStep step;
   double cap = 0;
   Pairs pairs;
-  // In the accumulation type, null where not wanted: by query and key where the score has both, at `gradient_pairs`; else
-  // of every lane and head, [lanes, N, T], [lanes, N, S] or [lanes, N, T + S - 1].
+  // In the accumulation type, null where not wanted: by query and key where the score has both, at `gradient_pairs`;
+  // else of every lane and head, [lanes, N, T], [lanes, N, S] or [lanes, N, T + S - 1].
   void* gradient = nullptr;
   Pairs gradient_pairs;
   int64_t gradient_size = 0;
@@ -63,7 +63,7 @@ struct Call {
   bool wide;  // accumulate in float64
   double scale, dropout;
   Array query, key, value;
-  Array sinks;  // [lanes, N], in the accumulation type; no data where there are none
+  Array sinks;                        // [lanes, N], in the accumulation type; no data where there are none
   const uint32_t* seeds = nullptr;    // by lane
   const uint32_t* entries = nullptr;  // number of the batch entry for dropout, by lane
 
@@ -83,15 +83,15 @@ struct Call {
   void* highest = nullptr;
   void* total = nullptr;
   const int64_t* rows = nullptr;  // where batch entry b of the output starts, in elements
-  const void* d_out = nullptr;  // in the query's type
+  const void* d_out = nullptr;    // in the query's type
   const void* d_lse = nullptr;
   void* d_query = nullptr;  // accumulation type; null where not wanted
   void* d_key = nullptr;
   void* d_value = nullptr;
 };
 
-// Threads and memory, from `module.cc`. Plain pointers, because templates of the standard library would be compiled once
-// per instruction set and merged by the linker.
+// Threads and memory, from `module.cc`. Plain pointers, because templates of the standard library would be compiled
+// once per instruction set and merged by the linker.
 struct Run {
   void* state;
   int64_t threads;

@@ -9,7 +9,7 @@ namespace attnjax::ATTNJAX_ISA {
 template <class A>
 class Decode {
   static constexpr int L = kLanes<A>, W = kWidth<A>;
-  static constexpr int kStep = 64;  // keys of all heads that are looked at together
+  static constexpr int kStep = 64;     // keys of all heads that are looked at together
   static constexpr int kAhead = 8192;  // bytes that are asked for ahead of their use
   static constexpr int64_t kSplit = 512, kTasks = 256;
   static_assert(kStep % W == 0);
@@ -72,9 +72,14 @@ class Decode {
     for (int64_t key = first; key < end; key += kStep) {
       const int keys = static_cast<int>(least(kStep, end - key));
       switch (c_.key.type) {
-        case Type::bf16: step<Type::bf16>(lane, key, keys); break;
-        case Type::f16: step<Type::f16>(lane, key, keys); break;
-        default: step<kOwnType<A>>(lane, key, keys);
+        case Type::bf16:
+          step<Type::bf16>(lane, key, keys);
+          break;
+        case Type::f16:
+          step<Type::f16>(lane, key, keys);
+          break;
+        default:
+          step<kOwnType<A>>(lane, key, keys);
       }
     }
     for (int64_t kv = 0; kv < c_.key_heads; kv++)
@@ -267,7 +272,9 @@ class Decode {
         highest = one > highest ? one : highest;
       }
       const A base = highest == lowest ? A(0) : highest;
-      A total = c.sinks.data ? static_cast<A>(__builtin_exp(*reinterpret_cast<const A*>(c.sinks.at(lane, row % c.heads)) - base)) : A(0);
+      A total = c.sinks.data
+                    ? static_cast<A>(__builtin_exp(*reinterpret_cast<const A*>(c.sinks.at(lane, row % c.heads)) - base))
+                    : A(0);
       const int64_t at = lane * rows + row;
       char* to = static_cast<char*>(c.out) + at * c.value_size * size_of(c.query.type);
       for (int64_t i = 0; i < splits; i++) {

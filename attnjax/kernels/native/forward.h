@@ -61,7 +61,8 @@ class Forward {
   static int64_t bytes(const Call& c, int64_t panels) {
     int64_t tiles = kKeys * (c.head_size + 2 * c.value_size) + kKeys * L * (4 + c.denses) + c.head_size * L;
     int64_t each = (c.head_size + c.value_size) * L;
-    return (tiles + panels * each) * static_cast<int64_t>(sizeof(A)) + panels * static_cast<int64_t>(sizeof(State)) + 8192;
+    return (tiles + panels * each) * static_cast<int64_t>(sizeof(A)) + panels * static_cast<int64_t>(sizeof(State)) +
+           8192;
   }
 
   void block(int64_t lane, int64_t kv, int64_t first, int64_t end) {

@@ -23,8 +23,8 @@ namespace ffi = xla::ffi;
 
 namespace attnjax {
 
-#define ATTNJAX_DECLARE(isa) \
-  namespace isa {            \
+#define ATTNJAX_DECLARE(isa)    \
+  namespace isa {               \
   extern const Kernels kernels; \
   }
 ATTNJAX_DECLARE(portable)
@@ -194,15 +194,18 @@ class Reader {
   }
 
   void end() const {
-    if (args_.size() != used_) refuse("has " + std::to_string(args_.size()) + " operands, expected " + std::to_string(used_));
-    if (rets_.size() != made_) refuse("has " + std::to_string(rets_.size()) + " results, expected " + std::to_string(made_));
+    if (args_.size() != used_)
+      refuse("has " + std::to_string(args_.size()) + " operands, expected " + std::to_string(used_));
+    if (rets_.size() != made_)
+      refuse("has " + std::to_string(rets_.size()) + " results, expected " + std::to_string(made_));
   }
 
   // The trailing sizes, behind the batch axes.
   Dimensions tail(const ffi::AnyBuffer& buffer, const char* name, size_t count) const {
     auto all = buffer.dimensions();
     if (all.size() != batch_.size() + count)
-      refuse(std::string(name) + " has " + std::to_string(all.size()) + " axes, expected " + std::to_string(batch_.size() + count));
+      refuse(std::string(name) + " has " + std::to_string(all.size()) + " axes, expected " +
+             std::to_string(batch_.size() + count));
     return Dimensions(all.begin() + batch_.size(), all.end());
   }
 
@@ -211,7 +214,8 @@ class Reader {
     Dimensions own = tail(buffer, name, wanted.size());
     int64_t size = 1;
     for (size_t i = 0; i < own.size(); i++) {
-      if (own[i] != wanted[i] && !(loose && own[i] == 1)) refuse(std::string(name) + " is " + text(own) + ", expected " + text(wanted));
+      if (own[i] != wanted[i] && !(loose && own[i] == 1))
+        refuse(std::string(name) + " is " + text(own) + ", expected " + text(wanted));
       size = times(size, own[i]);
     }
     auto all = buffer.dimensions();
@@ -246,11 +250,16 @@ class Reader {
 
   static Type float_type(const ffi::AnyBuffer& buffer, const char* name) {
     switch (buffer.element_type()) {
-      case ffi::DataType::F32: return Type::f32;
-      case ffi::DataType::F64: return Type::f64;
-      case ffi::DataType::BF16: return Type::bf16;
-      case ffi::DataType::F16: return Type::f16;
-      default: refuse(std::string(name) + " must hold floats");
+      case ffi::DataType::F32:
+        return Type::f32;
+      case ffi::DataType::F64:
+        return Type::f64;
+      case ffi::DataType::BF16:
+        return Type::bf16;
+      case ffi::DataType::F16:
+        return Type::f16;
+      default:
+        refuse(std::string(name) + " must hold floats");
     }
   }
 
@@ -270,7 +279,8 @@ class Reader {
 void read_mask(Reader& reader, Call& c) {
   int depth = 0;
   for (int64_t code : reader.list<int64_t>("mask")) {
-    if (c.steps == kMaxSteps || code < 0 || code > static_cast<int64_t>(MaskStep::negate)) refuse("the mask's program is wrong");
+    if (c.steps == kMaxSteps || code < 0 || code > static_cast<int64_t>(MaskStep::negate))
+      refuse("the mask's program is wrong");
     const MaskStep step = c.mask[c.steps++] = static_cast<MaskStep>(code);
     if (step < MaskStep::dense) {
       if (c.comparisons == kMaxComparisons) refuse("the mask compares too often");
@@ -306,7 +316,8 @@ void read_scores(Reader& reader, Call& c) {
   auto caps = reader.list<double>("caps");
   int capped = 0;
   for (int64_t code : reader.list<int64_t>("scores")) {
-    if (c.scores == kMaxScores || code < 0 || code > static_cast<int64_t>(ScoreStep::by_distance)) refuse("the scores are wrong");
+    if (c.scores == kMaxScores || code < 0 || code > static_cast<int64_t>(ScoreStep::by_distance))
+      refuse("the scores are wrong");
     Score& score = c.score[c.scores];
     score.step = static_cast<ScoreStep>(code);
     if (score.step == ScoreStep::soft_cap) {
@@ -368,7 +379,8 @@ Call read_call(Reader& reader) {
     std::vector<uint32_t>&by_lane = reader.numbers(), &entries = reader.numbers();
     const int64_t mapped = reader.value<int64_t>("mapped");
     int64_t own = 1;
-    for (size_t i = static_cast<size_t>(std::max<int64_t>(mapped, 0)); i < reader.batch().size(); i++) own *= reader.batch()[i];
+    for (size_t i = static_cast<size_t>(std::max<int64_t>(mapped, 0)); i < reader.batch().size(); i++)
+      own *= reader.batch()[i];
     for (int64_t b = 0; b < c.lanes; b++) {
       by_lane[b] = static_cast<const uint32_t*>(seeds.data)[seeds.lanes[b]];
       entries[b] = static_cast<uint32_t>(b % own);
@@ -442,7 +454,8 @@ ffi::Error forward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
   });
 }
 
-ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, ffi::Dictionary attributes) {
+ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                    ffi::Dictionary attributes) {
   return answered([&] {
     Reader reader(args, rets, attributes);
     Call c = read_call(reader);
@@ -453,16 +466,19 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
     c.highest = reader.whole(reader.next("highest"), "highest", {c.queries, c.heads}, type);
     c.total = reader.whole(reader.next("total"), "total", {c.queries, c.heads}, type);
     auto d_out = reader.next("cotangent of out");
-    if (Reader::float_type(d_out, "cotangent of out") != c.query.type) refuse("the cotangent of out has the wrong type");
+    if (Reader::float_type(d_out, "cotangent of out") != c.query.type)
+      refuse("the cotangent of out has the wrong type");
     c.d_out = reader.whole(d_out, "cotangent of out", {c.queries, c.heads, c.value_size}, d_out.element_type());
     c.d_lse = reader.whole(reader.next("cotangent of lse"), "cotangent of lse", {c.queries, c.heads}, type);
     std::vector<int64_t> rows = row_starts(c);
     c.rows = rows.data();
     auto wanted = reader.list<int64_t>("wanted");
     if (wanted.size() != static_cast<size_t>(3 + c.scores)) refuse("wanted has the wrong length");
-    if (wanted[0]) c.d_query = reader.whole(reader.result("d query"), "d query", {c.queries, c.heads, c.head_size}, type);
+    if (wanted[0])
+      c.d_query = reader.whole(reader.result("d query"), "d query", {c.queries, c.heads, c.head_size}, type);
     if (wanted[1]) c.d_key = reader.whole(reader.result("d key"), "d key", {c.keys, c.key_heads, c.head_size}, type);
-    if (wanted[2]) c.d_value = reader.whole(reader.result("d value"), "d value", {c.keys, c.key_heads, c.value_size}, type);
+    if (wanted[2])
+      c.d_value = reader.whole(reader.result("d value"), "d value", {c.keys, c.key_heads, c.value_size}, type);
     for (int i = 0; i < c.scores; i++) {
       Score& score = c.score[i];
       if (!wanted[3 + i]) continue;
@@ -508,7 +524,8 @@ ATTNJAX_EXPORT XLA_FFI_Error* attnjax_backward(XLA_FFI_CallFrame* frame) { retur
 ATTNJAX_EXPORT const char* attnjax_instruction_sets() {
   static const std::string names = [] {
     std::string all;
-    for (const attnjax::Kernels* one : attnjax::instruction_sets()) all += (all.empty() ? "" : ",") + std::string(one->name);
+    for (const attnjax::Kernels* one : attnjax::instruction_sets())
+      all += (all.empty() ? "" : ",") + std::string(one->name);
     return all;
   }();
   return names.c_str();

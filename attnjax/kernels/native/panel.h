@@ -1,15 +1,16 @@
 // A panel of queries of one key/value head, and what mask, scores and dropout do to its tile of logits, which lies
-// transposed: logits[key][lane]. Lanes are rows r = t * group + g, so the heads of a group share one pass over the keys.
+// transposed: logits[key][lane]. Lanes are rows r = t * group + g, so the heads of a group share one pass over the
+// keys.
 #pragma once
 
 #include "tile.h"
 
 namespace attnjax::ATTNJAX_ISA {
 
-constexpr int kKeys = 128;  // of a tile: its weights stay in the first-level cache
-constexpr int kHalf = kKeys / 2;  // partial tiles are looked at in halves
+constexpr int kKeys = 128;             // of a tile: its weights stay in the first-level cache
+constexpr int kHalf = kKeys / 2;       // partial tiles are looked at in halves
 constexpr int kGroup = 2 * kTileRows;  // keys whose products skip the queries that see none of them
-constexpr int kMaxDepth = 8;  // of the mask's program
+constexpr int kMaxDepth = 8;           // of the mask's program
 
 // Memory of a thread, handed out piece by piece.
 class Arena {
@@ -21,7 +22,6 @@ class Arena {
     next_ += divide_up(count * static_cast<int64_t>(sizeof(T)), 64) * 64;
     return piece;
   }
-  int64_t used(const void* start) const { return next_ - static_cast<const char*>(start); }
 
  private:
   char* next_;
@@ -101,11 +101,11 @@ int kind_of(const Call& c, const Panel<A>& panel, int64_t key, int64_t end) {
 // Which pairs of a tile are visible.
 template <class A>
 struct Seen {
-  int low = 0, high = 0;  // the keys that some row sees lie in [low, high)
-  bool gaps = false;      // and not all of those are seen by some row
-  Integer<A>* visible;    // [key][lane], all bits or none
-  bool key[kKeys];        // seen by some row
-  int start[kKeys / kGroup + 1];  // of each group of keys, the first vector of rows that sees one of them
+  int low = 0, high = 0;                  // the keys that some row sees lie in [low, high)
+  bool gaps = false;                      // and not all of those are seen by some row
+  Integer<A>* visible;                    // [key][lane], all bits or none
+  bool key[kKeys];                        // seen by some row
+  int start[kKeys / kGroup + 1];          // of each group of keys, the first vector of rows that sees one of them
   alignas(64) Integer<A> row[kLanes<A>];  // sees some key
 
   explicit Seen(Arena& arena) : visible(arena.take<Integer<A>>(kKeys * kLanes<A>)) {}
@@ -200,11 +200,21 @@ void see(const Call& c, const Panel<A>& panel, int64_t key, int count, PairsBuff
           for (int v = 0; v < kTileVectors; v++) {
             V q = load(panel.query_values[comparison] + v * W);
             switch (c.mask[i]) {
-              case MaskStep::less_equal: stack[depth][v] = k <= q; break;
-              case MaskStep::less: stack[depth][v] = k < q; break;
-              case MaskStep::equal: stack[depth][v] = k == q; break;
-              case MaskStep::greater_equal: stack[depth][v] = k >= q; break;
-              default: stack[depth][v] = k > q; break;
+              case MaskStep::less_equal:
+                stack[depth][v] = k <= q;
+                break;
+              case MaskStep::less:
+                stack[depth][v] = k < q;
+                break;
+              case MaskStep::equal:
+                stack[depth][v] = k == q;
+                break;
+              case MaskStep::greater_equal:
+                stack[depth][v] = k >= q;
+                break;
+              default:
+                stack[depth][v] = k > q;
+                break;
             }
           }
           depth++, comparison++;
@@ -253,8 +263,8 @@ void see(const Call& c, const Panel<A>& panel, int64_t key, int count, PairsBuff
   seen.gaps = seen.high > seen.low && seen_keys < seen.high - seen.low;
 }
 
-// Applies the scores in their order to logits[low..high). `slope`, where it is given, becomes the derivative of the soft
-// cap there.
+// Applies the scores in their order to logits[low..high). `slope`, where it is given, becomes the derivative of the
+// soft cap there.
 template <class A>
 void modify(const Call& c, const Panel<A>& panel, int64_t key, int low, int high, A* logits, A* slope,
             PairsBuffer<A>& buffer) {
@@ -358,8 +368,8 @@ inline void fetch_keys(A* to, int64_t stride, const Call& c, const Array& array,
     load_row(to + j * stride, array.at(lane, ((key + j) * c.key_heads + kv) * columns), array.type, columns);
 }
 
-// Asks for rows of an array [lanes, length, heads, columns] ahead of their use, some lines at a time between other work:
-// they lie too far apart for the processor to foresee, and asked for all at once they would wait for each other.
+// Asks for rows of an array [lanes, length, heads, columns] ahead of their use, some lines at a time between other
+// work: they lie too far apart for the processor to foresee, and asked for all at once they would wait for each other.
 class Ahead {
  public:
   // Rows [first, end) along the length, `count` heads of each from `head` on, in about `parts` parts.

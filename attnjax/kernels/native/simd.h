@@ -157,7 +157,8 @@ inline Vector<double> exponential(Vector<double> x) {
   return bits<double, uint64_t>(bits<uint64_t, double>(p) + (bits<uint64_t, double>(t) << 52));
 }
 
-// tanh(x). Where |x| is small by Taylor's polynomial of exp(y) - 1 with y = 2x, where 1 - 2 / (exp(y) + 1) would cancel.
+// tanh(x). Where |x| is small by Taylor's polynomial of exp(y) - 1 with y = 2x, where 1 - 2 / (exp(y) + 1) would
+// cancel.
 template <class A>
 inline Vector<A> hyperbolic_tangent(Vector<A> x) {
   using V = Vector<A>;
