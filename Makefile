@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed-
 PIP = $(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 NATIVE := attnjax/kernels/native
 DOCS := docs/_build/html
-NATIVE := $(wildcard attnjax/kernels/native/*.h attnjax/kernels/native/*.cc tests/native/*.h tests/native/*.cc)
+CPP := $(wildcard $(NATIVE)/*.h $(NATIVE)/*.cc tests/native/*.h tests/native/*.cc)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -45,12 +45,12 @@ sanitize: $(STAMP)dev  ## run the C++ under sanitizers: addresses, undefined beh
 lint: $(STAMP)dev  ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(STAMP)dev  ## repair style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/clang-format -i $(CPP)
 
 typecheck: $(STAMP)dev  ## check the types
 	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -119,6 +119,14 @@ def test_explanation_of_the_compiled_kernel():
     assert all(0 < found.temporary_bytes[part] < 2**26 for part in ("forward", "backward", "tangent"))
 
 
+@pytest.mark.compiled
+def test_what_is_explained_is_what_would_run():
+    """NumPy's int64, which JAX takes for int32 when it runs, does not change the choice."""
+    ids = np.arange(256) // 100
+    assert ids.dtype == np.int64
+    assert names(mask=aj.Segments(ids) & aj.Causal(np.int64(2))) == names(mask=aj.Causal())
+
+
 def test_a_user_given_map_is_what_is_explained():
     block_map = aj.BlockMap.build(aj.Causal(), 256, 256, block_q=32, block_k=16)
     found = aj.explain(X, X, X, mask=aj.Causal(), block_map=block_map, platform="cpu")

@@ -5,14 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import MaskCase, ScoreCase, distance
+import pytest
+from cases import MaskCase, ScoreCase, distance, relative
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from oracle import Index, Shape
-from problems import Case, draw, expect, poison, precision, solver
+from problems import Case, check_first_order, draw, expect, first_order, poison, precision, solver
 
 import attnjax as aj
-from attnjax.kernels import xla
+from attnjax.kernels import cpu, xla
 
 small = st.integers(0, 12)
 signed = st.integers(-12, 12)
@@ -32,8 +33,8 @@ class Rule:
 
 
 def table(seed: int) -> np.ndarray:
-    """A fixed sequence of 64 integers in [0, 4) for each seed: ids by position."""
-    return np.random.default_rng(seed).integers(0, 4, 64).astype(np.int32)
+    """A fixed sequence of 300 integers in [0, 4) for each seed: ids by position."""
+    return np.random.default_rng(seed).integers(0, 4, 300).astype(np.int32)
 
 
 def segments(seed, sort):
@@ -104,6 +105,14 @@ def combine(masks):
 MASK_TREES = st.recursive(LEAVES, combine, max_leaves=4)
 
 MODIFIERS = {
+    "number": (lambda x: aj.SoftCap(1.7), lambda s, i, x: 1.7 * jnp.tanh(s / 1.7), {}),
+    "keys": (lambda x: aj.Bias(x["keys"]), lambda s, i, x: s + i.per(x["keys"], "nts"), {"keys": "1s"}),
+    "queries": (lambda x: aj.Bias(x["queries"]), lambda s, i, x: s + i.per(x["queries"], "nts"), {"queries": "nt1"}),
+    "relative": (
+        lambda x: aj.RelativeBias(x["table"], max_distance=20),
+        lambda s, i, x: relative(s, i, x["table"]),
+        {"table": "8n"},
+    ),
     "softcap": (lambda x: aj.SoftCap(x["cap"]), lambda s, i, x: x["cap"] * jnp.tanh(s / x["cap"]), {"cap": ""}),
     "bias": (lambda x: aj.Bias(x["bias"]), lambda s, i, x: s + i.per(x["bias"], "ts"), {"bias": "ts"}),
     "heads": (lambda x: aj.Bias(x["heads"]), lambda s, i, x: s + i.per(x["heads"], "nts"), {"heads": "n1s"}),
@@ -130,7 +139,7 @@ def score_case(names: tuple[str, ...], with_sinks: bool, rate: float) -> ScoreCa
         return s
 
     def operands(rng, shape):
-        sizes = {"n": shape.N, "t": shape.T, "s": shape.S, "1": 1}
+        sizes = {"n": shape.N, "t": shape.T, "s": shape.S, "1": 1, "8": 8}
         axes = {name: a for part in parts for name, a in part[2].items()} | ({"sinks": "n"} if with_sinks else {})
         drawn = {name: rng.normal(size=[sizes[c] for c in a]) for name, a in axes.items()}
         return {name: np.abs(a) + 1 if name == "cap" else a for name, a in drawn.items()}
@@ -140,12 +149,13 @@ def score_case(names: tuple[str, ...], with_sinks: bool, rate: float) -> ScoreCa
     return ScoreCase(text, build, rule, operands, dropout=(rate, 4) if rate else None)
 
 
-SCORE_CHAINS = st.builds(
-    score_case,
-    st.lists(st.sampled_from(sorted(MODIFIERS)), max_size=3, unique=True).map(tuple),
-    st.booleans(),
-    st.sampled_from([0.0, 0.0, 0.4]),
-)
+def chains(names):
+    modifiers = st.lists(st.sampled_from(names), max_size=3, unique=True).map(tuple)
+    return st.builds(score_case, modifiers, st.booleans(), st.sampled_from([0.0, 0.0, 0.4]))
+
+
+SCORE_CHAINS = chains(["alibi", "bias", "function", "heads", "softcap"])
+COMPILED_CHAINS = chains(["alibi", "bias", "heads", "keys", "number", "queries", "relative"])  # without functions
 LENGTHS = st.sampled_from([1, 2, 7, 16, 17, 33])
 SIZES = st.sampled_from([1, 3, 8])
 SHAPES = st.builds(
@@ -158,8 +168,19 @@ SHAPES = st.builds(
     SIZES,
     SIZES,
 )
+LARGER = st.builds(
+    lambda batch, T, S, K, G, H, V: Shape(batch, T, S, K * G, K, H, V),
+    st.sampled_from([(), (2,), (2, 2)]),
+    st.sampled_from([1, 2, 5, 33, 64, 65, 97]),
+    st.sampled_from([1, 7, 63, 128, 129, 300]),
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 5, 16, 24, 65]),
+    st.sampled_from([1, 7, 32, 48]),
+)
 BLOCKS = st.sampled_from([1, 3, 8, 16, 64])
 CONFIGS = st.builds(xla.Config, BLOCKS, BLOCKS, st.sampled_from([None, 1, 2, 5]))
+COMPILED = st.builds(cpu.Config, st.sampled_from([None, *cpu.instruction_sets()]), st.sampled_from([None, 1, 2]))
 DTYPES = st.sampled_from(["float32", "float32", "bfloat16", "float16", "float64"])
 
 
@@ -190,6 +211,19 @@ def test_xla_agrees_with_the_oracle(rule, score, shape, dtype, config):
 @given(MASK_TREES, SCORE_CHAINS, SHAPES, DTYPES)
 def test_reference_agrees_with_the_oracle(rule, score, shape, dtype):
     agrees(case_of(rule, score, shape), dtype, "reference", None)
+
+
+@pytest.mark.compiled
+@settings(max_examples=20, phases=AS_DRAWN)
+@given(MASK_TREES, COMPILED_CHAINS, st.one_of(SHAPES, LARGER), DTYPES, COMPILED)
+def test_the_compiled_kernel_agrees_with_the_oracle(rule, score, shape, dtype, config):
+    """Value and gradients, of larger shapes too: its tiles have a fixed size."""
+    case = case_of(rule, score, shape)
+    with precision(dtype):
+        inputs, solve = draw(case, dtype), first_order(case, config)
+        want = expect(case, inputs)
+        for one in (inputs, poison(case, inputs)):
+            check_first_order(want, solve(one.x, one.d, one.cotangents)[0])
 
 
 @settings(max_examples=60)
