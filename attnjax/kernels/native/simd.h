@@ -180,11 +180,16 @@ inline Vector<A> hyperbolic_tangent(Vector<A> x) {
 constexpr int low_lane(int lane, int step, int width) { return (lane & step) ? width + lane - step : lane; }
 constexpr int high_lane(int lane, int step, int width) { return (lane & step) ? width + lane : lane + step; }
 
-template <int step, class V, int... i>
-inline void exchange(V& a, V& b, std::integer_sequence<int, i...>) {
+template <class A, int step, int... i>
+inline void exchange(Vector<A>& a, Vector<A>& b, std::integer_sequence<int, i...>) {
   constexpr int width = sizeof...(i);
-  V low = __builtin_shufflevector(a, b, low_lane(i, step, width)...);
-  V high = __builtin_shufflevector(a, b, high_lane(i, step, width)...);
+#if defined(__clang__)
+  Vector<A> low = __builtin_shufflevector(a, b, low_lane(i, step, width)...);
+  Vector<A> high = __builtin_shufflevector(a, b, high_lane(i, step, width)...);
+#else  // GCC has the other one since version 12 only
+  Vector<A> low = __builtin_shuffle(a, b, Vector<Integer<A>>{low_lane(i, step, width)...});
+  Vector<A> high = __builtin_shuffle(a, b, Vector<Integer<A>>{high_lane(i, step, width)...});
+#endif
   a = low;
   b = high;
 }
@@ -194,7 +199,7 @@ inline void transpose(Vector<A> (&r)[kWidth<A>]) {
   if constexpr (step < kWidth<A>) {
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth<A>; i++) {
-      if (!(i & step)) exchange<step>(r[i], r[i + step], std::make_integer_sequence<int, kWidth<A>>());
+      if (!(i & step)) exchange<A, step>(r[i], r[i + step], std::make_integer_sequence<int, kWidth<A>>());
     }
     transpose<A, 2 * step>(r);
   }
