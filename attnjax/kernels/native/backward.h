@@ -338,7 +338,7 @@ class Backward {
       }
       add_by_key(d_key_, change_, queries, wide_h_, from, low, high, masked);
     }
-    if (c_.d_query) add_to_query(from, low, high, masked && seen_.gaps);
+    if (c_.d_query) add_to_query(from, low, high, masked);
   }
 
   // sums[key] += pairs[key][row] rows[row]
@@ -362,15 +362,17 @@ class Backward {
   }
 
   // d_query[column][row] += key[column] change[key][row]
-  void add_to_query(int from, int low, int high, bool gaps) {
+  void add_to_query(int from, int low, int high, bool masked) {
     const int64_t h = c_.head_size;
+    const bool gaps = masked && seen_.gaps;
     const E *keys = nullptr, *change = nullptr;
     if constexpr (kPaired) {
-      // Pairs begin at even keys. The changes of keys that were not looked at are 0.
+      // Pairs begin at even keys. The changes of keys that were not looked at are 0; what these hold may be NaN.
+      const bool half_seen = low % 2 || (masked && high % 2);
       if (low % 2) std::memset(change_ + --low * L, 0, L * sizeof(A));
       pair_rows(pairs_, change_ + low * L, L, high - low, panel_.vectors);
       keys = key_down_ + from / 2 * h, change = pairs_;
-      if (gaps) {
+      if (gaps || half_seen) {
         copy_kept_pairs(clean_key_, keys, h, low, high, seen_.key);
         keys = clean_key_;
       }

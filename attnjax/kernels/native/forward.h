@@ -139,7 +139,7 @@ class Forward {
     const E *keys = key_ + from * depth_, *values = value_ + (kPaired ? from / 2 : from) * c_.value_size;
     if (!masked && !c_.scores) {
       product<A, false>(
-          keys, depth_, state.query, L, depth_, high, vectors, [](int, int) { return V{}; },
+          keys, depth_, state.query, L, depth_, high, vectors,
           [&](int m, int n, V sum) {
             if constexpr (kPaired) sum = sum * splat<A>(static_cast<A>(c_.scale));
             store(weights_ + m * L + n * W, sum);
@@ -169,11 +169,12 @@ class Forward {
     if (c_.dropout > 0) drop(panel, key + from, low, high);
     const E* factors = nullptr;
     if constexpr (kPaired) {
-      // Pairs begin at even keys. The weights of keys that were not looked at are 0.
+      // Pairs begin at even keys. The weights of keys that were not looked at are 0; what these hold may be NaN.
+      const bool half_seen = low % 2 || (masked && high % 2);
       if (low % 2) std::memset(weights_ + --low * L, 0, L * sizeof(A));
       pair_rows(pairs_, weights_ + low * L, L, high - low, vectors);
       factors = pairs_;
-      if (masked && seen_.gaps) {
+      if (half_seen || (masked && seen_.gaps)) {
         copy_kept_pairs(clean_, values, c_.value_size, low, high, seen_.key);
         values = clean_;
       }
@@ -194,17 +195,16 @@ class Forward {
       moved = moved || any;
     }
     A* out = state.out;
-    auto keep = [&](int m, int n, V sum) { store(out + m * L + n * W, sum); };
-    auto sum_values = [&](const auto& start) {
+    auto sum_values = [&](const auto& finish) {
       product<A, true>(values, c_.value_size, factors, L, depth_of<A, E>(high - low), static_cast<int>(c_.value_size),
-                       vectors, start, keep, Nothing());
+                       vectors, finish, Nothing());
     };
     if (!state.started)
-      sum_values([](int, int) { return V{}; });
+      sum_values([&](int m, int n, V sum) { store(out + m * L + n * W, sum); });
     else if (moved)
-      sum_values([&](int m, int n) { return load(out + m * L + n * W) * shrink[n]; });
+      sum_values([&](int m, int n, V sum) { store(out + m * L + n * W, load(out + m * L + n * W) * shrink[n] + sum); });
     else
-      sum_values([&](int m, int n) { return load(out + m * L + n * W); });
+      sum_values([&](int m, int n, V sum) { store(out + m * L + n * W, load(out + m * L + n * W) + sum); });
     state.started = true;
   }
 

@@ -17,14 +17,14 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // M x N accumulators: the sum over k of a(m, k) b[k][n]; a(m, k) is a[m * lda + k] or, flipped, a[k * lda + m]. The
 // factors are of the accumulators' type A or pairs of bfloat16, uint32_t; then k counts pairs.
-template <class A, int M, int N, bool flipped, class E, class Start, class Finish>
-inline void block(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, int m0, int n0, const Start& start,
+template <class A, int M, int N, bool flipped, class E, class Finish>
+inline void block(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, int m0, int n0,
                   const Finish& finish) {
   Vector<A> sum[M][N];
 #pragma GCC unroll 12
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) sum[m][n] = start(m0 + m, n0 + n);
+    for (int n = 0; n < N; n++) sum[m][n] = Vector<A>{};
   for (int64_t k = 0; k < depth; k++) {
     Vector<E> x[N];
 #pragma GCC unroll 4
@@ -42,46 +42,51 @@ inline void block(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t dept
     for (int n = 0; n < N; n++) finish(m0 + m, n0 + n, sum[m][n]);
 }
 
-template <class A, int M, bool flipped, class E, class Start, class Finish>
+template <class A, int M, bool flipped, class E, class Finish>
 inline void rows_of_blocks(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, int m, int vectors,
-                           const Start& start, const Finish& finish) {
+                           const Finish& finish) {
   a += flipped ? m : m * lda;
   int n = 0;
   for (; n + kTileVectors <= vectors; n += kTileVectors)
-    block<A, M, kTileVectors, flipped>(a, lda, b + n * kWidth<A>, ldb, depth, m, n, start, finish);
+    block<A, M, kTileVectors, flipped>(a, lda, b + n * kWidth<A>, ldb, depth, m, n, finish);
   if constexpr (kTileVectors == 4) {
-    if (vectors - n == 3) block<A, M, 3, flipped>(a, lda, b + n * kWidth<A>, ldb, depth, m, n, start, finish);
-    if (vectors - n == 2) block<A, M, 2, flipped>(a, lda, b + n * kWidth<A>, ldb, depth, m, n, start, finish);
+    if (vectors - n == 3) block<A, M, 3, flipped>(a, lda, b + n * kWidth<A>, ldb, depth, m, n, finish);
+    if (vectors - n == 2) block<A, M, 2, flipped>(a, lda, b + n * kWidth<A>, ldb, depth, m, n, finish);
   }
-  if (vectors - n == 1) block<A, M, 1, flipped>(a, lda, b + n * kWidth<A>, ldb, depth, m, n, start, finish);
+  if (vectors - n == 1) block<A, M, 1, flipped>(a, lda, b + n * kWidth<A>, ldb, depth, m, n, finish);
 }
 
-// The product of `rows` rows and `vectors` columns of vectors. start(m, n) gives what the sum begins with, finish(m, n,
-// sum) takes it; between() is called now and then, for what can be done in the shadow of the multiplications.
-template <class A, bool flipped, class E, class Start, class Finish, class Between>
+// The product of `rows` rows and `vectors` columns of vectors. finish(m, n, sum) takes a vector of it; between() is
+// called now and then, for what can be done in the shadow of the multiplications.
+template <class A, bool flipped, class E, class Finish, class Between>
 inline void product(const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, int rows, int vectors,
-                    const Start& start, const Finish& finish, const Between& between) {
+                    const Finish& finish, const Between& between) {
   int m = 0;
   for (; m + kTileRows <= rows; m += kTileRows) {
-    rows_of_blocks<A, kTileRows, flipped>(a, lda, b, ldb, depth, m, vectors, start, finish);
+    rows_of_blocks<A, kTileRows, flipped>(a, lda, b, ldb, depth, m, vectors, finish);
     between();
   }
-  for (; m + 4 <= rows; m += 4) rows_of_blocks<A, 4, flipped>(a, lda, b, ldb, depth, m, vectors, start, finish);
-  for (; m + 2 <= rows; m += 2) rows_of_blocks<A, 2, flipped>(a, lda, b, ldb, depth, m, vectors, start, finish);
-  if (m < rows) rows_of_blocks<A, 1, flipped>(a, lda, b, ldb, depth, m, vectors, start, finish);
+  for (; m + 4 <= rows; m += 4) rows_of_blocks<A, 4, flipped>(a, lda, b, ldb, depth, m, vectors, finish);
+  for (; m + 2 <= rows; m += 2) rows_of_blocks<A, 2, flipped>(a, lda, b, ldb, depth, m, vectors, finish);
+  if (m < rows) rows_of_blocks<A, 1, flipped>(a, lda, b, ldb, depth, m, vectors, finish);
 }
 
 struct Nothing {
   void operator()() const {}
 };
 
-// c += a b, rows of `vectors` vectors.
+// c += a b, rows of `vectors` vectors. The product is summed up before it is added: every addition to a sum that has
+// grown large costs accuracy.
 template <class A, bool flipped, class E>
 inline void add_product(A* c, int64_t ldc, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, int rows,
                         int vectors) {
   product<A, flipped>(
-      a, lda, b, ldb, depth, rows, vectors, [&](int m, int n) { return load(c + m * ldc + n * kWidth<A>); },
-      [&](int m, int n, Vector<A> sum) { store(c + m * ldc + n * kWidth<A>, sum); }, Nothing());
+      a, lda, b, ldb, depth, rows, vectors,
+      [&](int m, int n, Vector<A> sum) {
+        A* at = c + m * ldc + n * kWidth<A>;
+        store(at, load(at) + sum);
+      },
+      Nothing());
 }
 
 // c = factor a b.
@@ -89,7 +94,7 @@ template <class A, bool flipped, class E, class Between = Nothing>
 inline void set_product(A* c, int64_t ldc, const E* a, int64_t lda, const E* b, int64_t ldb, int64_t depth, int rows,
                         int vectors, A factor, const Between& between = Between()) {
   product<A, flipped>(
-      a, lda, b, ldb, depth, rows, vectors, [](int, int) { return Vector<A>{}; },
+      a, lda, b, ldb, depth, rows, vectors,
       [&](int m, int n, Vector<A> sum) {
         store(c + m * ldc + n * kWidth<A>, std::is_same_v<A, E> ? sum : sum * splat(factor));
       },
