@@ -74,6 +74,8 @@ def _tangent(*args: Array, platform: str, exported: bool, problem: Problem, move
     count = problem.program.count
     operands, rows, tangents = list(args[:count]), Rows(*args[count : count + 3]), list(args[count + 3 :])
     kernel = choose(problem, operands, platform, "tangent", exported=exported).kernel
+    if choose(problem, operands, platform, "forward", exported=exported).kernel is not kernel:
+        rows = kernel.own_rows(problem, operands, rows)
     return list(kernel.tangent(problem, operands, rows, moved, tangents))
 
 

@@ -160,6 +160,27 @@ def tangent(
     return (d_out - d_lse[..., None] * rows.out.astype(accumulate)).astype(problem.dtype), d_lse
 
 
+def own_rows(problem: Problem, operands: list[Array], rows: Rows) -> Rows:
+    """Rows that another implementation gave, with out and total of the logits as they are computed here.
+
+    Logits that are computed twice, by different code, differ in their last bits. The weights of a row must add up to 1,
+    and to its output, all the same: a tangent that sums over many of them shows it when they do not.
+    """
+    program, accumulate = problem.program, problem.accumulate
+    out_shape, row_shape = problem.out_shapes()
+    highest = finite(rows.highest)
+    out, total = sweep(
+        problem,
+        _Softmax(program),
+        [*operands, highest],
+        [*program.axes, "th"],
+        [Output("th.", out_shape, accumulate), Output("th", row_shape, accumulate)],
+    )
+    if program.sinks:
+        total = total + jnp.exp(operands[3].astype(accumulate)[..., None, :] - highest)
+    return Rows(out * inverse(total)[..., None], rows.highest, total)
+
+
 def backward(
     problem: Problem,
     operands: list[Array],
@@ -188,6 +209,22 @@ def backward(
         if i not in made:
             made[i] = sink_gradient(operands[3], rows, delta, shape)
     return [made[i] for i, _ in wanted]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Softmax:
+    """Tile function: the sums of p v and of p = exp(logit - highest). Operands: the problem's, and highest."""
+
+    program: Program
+    linear: tuple[int, ...] = ()
+    flipped: tuple[int, ...] = ()
+
+    def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
+        *own, highest = parts
+        view = _View(self.program, visit, own)
+        weights = jnp.exp(view.logits - highest[..., 0, None])
+        out = visit.dot("kgts,ksv->kgtv", view.drop(weights), view.seen(view.value))
+        return [out[..., None, :], weights.sum(-1, keepdims=True)]
 
 
 @dataclasses.dataclass(frozen=True)

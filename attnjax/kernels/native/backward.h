@@ -186,8 +186,7 @@ class Backward {
       pass(static_cast<int>(keys));
       add_by_query(shared_.panels[head * shared_.count + p], static_cast<int32_t>(number));
     }
-    if (kPaired)  // otherwise the queries were scaled
-      for (int64_t i = 0; i < keys * wide_h_; i++) d_key_[i] *= static_cast<A>(c_.scale);
+    for (int64_t i = 0; i < keys * wide_h_; i++) d_key_[i] *= static_cast<A>(c_.scale);
     for (int64_t j = 0; j < keys; j++) {
       int64_t row = (lane_ * c_.keys + start_ + j) * c_.key_heads + kv_;
       if (c_.d_key)
@@ -204,17 +203,12 @@ class Backward {
     char* rows[L];
     const int vectors = panel_.vectors;
     panel_.rows_of(c_.query, c_.heads, c_.head_size, rows);
-    query_to_lanes(c_, panel_, rows, query_, room_);
-    copy_rows(query_rows_, wide_h_, rows, c_.query.type, c_.head_size, static_cast<A>(c_.scale));
+    factors_to_lanes<A>(query_, rows, c_.query.type, c_.head_size, vectors, room_);
+    copy_rows(query_rows_, wide_h_, rows, c_.query.type, c_.head_size);
     Array d_out{const_cast<void*>(c_.d_out), c_.query.type, c_.rows};
     panel_.rows_of(d_out, c_.heads, c_.value_size, rows);
-    if constexpr (kPaired) {
-      rows_to_lanes<A>(room_, rows, c_.query.type, c_.value_size, vectors);
-      pair_rows(d_out_, room_, L, static_cast<int>(c_.value_size), vectors);
-    } else {
-      rows_to_lanes<A>(d_out_, rows, c_.query.type, c_.value_size, vectors);
-    }
-    copy_rows(d_out_rows_, wide_v_, rows, c_.query.type, c_.value_size, A(1));
+    factors_to_lanes<A>(d_out_, rows, c_.query.type, c_.value_size, vectors, room_);
+    copy_rows(d_out_rows_, wide_v_, rows, c_.query.type, c_.value_size);
     for (int l = 0; l < L; l++) {
       int64_t row = (panel_.lane * c_.queries + panel_.t[l]) * c_.heads + panel_.head[l];
       A total = static_cast<const A*>(c_.total)[row], highest = static_cast<const A*>(c_.highest)[row];
@@ -249,8 +243,8 @@ class Backward {
                     c_.value_size, parts);
   }
 
-  // Rows as they are, or, in pairs, two to a row; `factor` is for those that are not pairs.
-  void copy_rows(E* to, int64_t stride, char* const* rows, Type type, int64_t columns, A factor) {
+  // Rows as they are, or, in pairs, two to a row.
+  void copy_rows(E* to, int64_t stride, char* const* rows, Type type, int64_t columns) {
     A* plain = kPaired ? room_ : reinterpret_cast<A*>(to);
     for (int l = 0; l < L; l++) {
       A* row = plain + l * stride;
@@ -258,8 +252,6 @@ class Backward {
         load_row(row, rows[l], type, columns);
       else
         std::memset(row, 0, columns * sizeof(A));
-      if (!kPaired)
-        for (int64_t d = 0; d < columns; d++) row[d] *= factor;
       for (int64_t d = columns; d < stride; d++) row[d] = 0;
     }
     if constexpr (kPaired) pair_rows(to, plain, stride, L, static_cast<int>(stride / W));

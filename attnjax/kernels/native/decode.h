@@ -101,7 +101,6 @@ class Decode {
       A* to = query(kv, r);
       std::memset(to, 0, wide_h_ * sizeof(A));
       load_row(to, rows[r], c_.query.type, c_.head_size);
-      for (int64_t d = 0; d < c_.head_size; d++) to[d] *= static_cast<A>(c_.scale);
       std::memset(out(kv, r), 0, wide_v_ * sizeof(A));
       state.highest[r] = -static_cast<A>(__builtin_inf());
       state.total[r] = 0;
@@ -132,9 +131,11 @@ class Decode {
       auto wide = __builtin_convertvector(half, Vector<uint32_t>);
       if constexpr (type == Type::bf16) return bits<float, uint32_t>(wide << 16);
       auto magnitude = wide & 0x7fff;
-      auto finite = bits<uint32_t, float>(bits<float, uint32_t>(magnitude << 13) * splat(0x1p112f));
-      auto other = (magnitude & 0x3ff) << 13 | 0x7f800000u;
-      return bits<float, uint32_t>((magnitude >= 0x7c00 ? other : finite) | (wide & 0x8000) << 16);
+      auto usual = (magnitude << 13) + (112u << 23);
+      auto tiny = bits<uint32_t, float>(__builtin_convertvector(bits<int32_t, uint32_t>(magnitude), Vector<float>) *
+                                        splat(0x1p-24f));
+      auto u = magnitude >= 0x7c00 ? usual + (112u << 23) : magnitude < 0x400 ? tiny : usual;
+      return bits<float, uint32_t>(u | (wide & 0x8000) << 16);
     }
     return load(part);
   }
@@ -162,7 +163,7 @@ class Decode {
       transpose<A>(r);
       V sum = r[0];
       for (int j = 1; j < W; j++) sum += r[j];
-      store(weights_ + i * kStep + from, sum);
+      store(weights_ + i * kStep + from, sum * splat<A>(static_cast<A>(c_.scale)));
     }
   }
 

@@ -15,7 +15,7 @@ class Forward {
   // What a panel has summed so far.
   struct State {
     Panel<A> panel;
-    E* query;  // [H][lane]; scaled, but not pairs
+    E* query;  // [H][lane]
     A* out;    // [V][lane]
     bool started;
     alignas(64) A highest[L], total[L];
@@ -117,7 +117,8 @@ class Forward {
     state.started = false;
     char* rows[L];
     state.panel.rows_of(c_.query, c_.heads, c_.head_size, rows);
-    query_to_lanes(c_, state.panel, rows, state.query, reinterpret_cast<A*>(pairs_));
+    factors_to_lanes<A>(state.query, rows, c_.query.type, c_.head_size, state.panel.vectors,
+                        reinterpret_cast<A*>(pairs_));
     for (int v = 0; v < kTileVectors; v++) {
       store(state.highest + v * W, splat<A>(-static_cast<A>(__builtin_inf())));
       store(state.total + v * W, V{});
@@ -135,13 +136,14 @@ class Forward {
       if (low >= high) return;
     }
     V highest[kTileVectors], before[kTileVectors];
+    const V scale = splat<A>(static_cast<A>(c_.scale));
     for (int v = 0; v < vectors; v++) before[v] = highest[v] = load(state.highest + v * W);
     const E *keys = key_ + from * depth_, *values = value_ + (kPaired ? from / 2 : from) * c_.value_size;
     if (!masked && !c_.scores) {
       product<A, false>(
           keys, depth_, state.query, L, depth_, high, vectors,
           [&](int m, int n, V sum) {
-            if constexpr (kPaired) sum = sum * splat<A>(static_cast<A>(c_.scale));
+            sum = sum * scale;
             store(weights_ + m * L + n * W, sum);
             highest[n] = larger<A>(sum, highest[n]);
           },

@@ -392,21 +392,15 @@ class Ahead {
   int64_t stride_ = 0, width_ = 0, rows_ = 0, step_ = 0;
 };
 
-// Queries to lanes. What multiplies float32 is scaled here; pairs stay as they came. `room` is for 2 ceil(H / 2) rows.
+// Rows of `columns` numbers to lanes, in pairs where the factors are pairs; `room` is for as many rows of lanes.
 template <class A, class E>
-inline void query_to_lanes(const Call& c, const Panel<A>& panel, char* const* rows, E* to, A* room) {
+inline void factors_to_lanes(E* to, char* const* rows, Type type, int64_t columns, int vectors, A* room) {
   if constexpr (std::is_same_v<A, E>) {
     (void)room;
-    rows_to_lanes<A>(to, rows, c.query.type, c.head_size, panel.vectors);
-    const Vector<A> scale = splat<A>(static_cast<A>(c.scale));
-    for (int64_t d = 0; d < c.head_size; d++)
-      for (int v = 0; v < panel.vectors; v++) {
-        A* at = to + d * kLanes<A> + v * kWidth<A>;
-        store(at, load(at) * scale);
-      }
+    rows_to_lanes<A>(to, rows, type, columns, vectors);
   } else {
-    rows_to_lanes<A>(room, rows, c.query.type, c.head_size, panel.vectors);
-    pair_rows(to, room, kLanes<A>, static_cast<int>(c.head_size), panel.vectors);
+    rows_to_lanes<A>(room, rows, type, columns, vectors);
+    pair_rows(to, room, kLanes<A>, static_cast<int>(columns), vectors);
   }
 }
 

@@ -205,7 +205,7 @@ inline void transpose(Vector<A> (&r)[kWidth<A>]) {
   }
 }
 
-// Conversions of the storage types. bfloat16 is the upper half of a float32; float16 is rescaled by 2^112.
+// Conversions of the storage types. bfloat16 is the upper half of a float32; float16 has another exponent.
 inline float from_bits(uint32_t x) {
   float y;
   std::memcpy(&y, &x, 4);
@@ -226,10 +226,12 @@ inline uint16_t to_bf16(float x) {
   return static_cast<uint16_t>(x != x ? (u >> 16) | 0x40 : rounded);
 }
 
+// No arithmetic on subnormal float32 numbers, which XLA's threads take for 0.
 inline float from_f16(uint16_t x) {
   uint32_t magnitude = x & 0x7fff;
-  float value = from_bits(magnitude << 13) * 0x1p112f;
-  uint32_t u = magnitude >= 0x7c00 ? 0x7f800000u | (magnitude & 0x3ff) << 13 : to_bits(value);
+  uint32_t usual = (magnitude << 13) + (112u << 23);
+  uint32_t tiny = to_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  uint32_t u = magnitude >= 0x7c00 ? usual + (112u << 23) : magnitude < 0x400 ? tiny : usual;
   return from_bits(u | static_cast<uint32_t>(x & 0x8000) << 16);
 }
 

@@ -95,10 +95,7 @@ inline void set_product(A* c, int64_t ldc, const E* a, int64_t lda, const E* b, 
                         int vectors, A factor, const Between& between = Between()) {
   product<A, flipped>(
       a, lda, b, ldb, depth, rows, vectors,
-      [&](int m, int n, Vector<A> sum) {
-        store(c + m * ldc + n * kWidth<A>, std::is_same_v<A, E> ? sum : sum * splat(factor));
-      },
-      between);
+      [&](int m, int n, Vector<A> sum) { store(c + m * ldc + n * kWidth<A>, sum * splat(factor)); }, between);
 }
 
 #if defined(__AVX512BF16__)
