@@ -21,7 +21,7 @@ class IndexFunction:
     """
 
     def __init__(self, jaxprs: dict[str, ClosedJaxpr]):
-        self._jaxprs = {name: (closed.jaxpr, len(closed.consts)) for name, closed in jaxprs.items()}
+        self._jaxprs = {name: closed.jaxpr for name, closed in jaxprs.items()}
         self._key = tuple((name, _fingerprint(closed)) for name, closed in sorted(jaxprs.items()))
         first = next(iter(jaxprs.values())).jaxpr
         used = {id(v) for eqn in first.eqns for v in eqn.invars} | {id(v) for v in first.outvars}
@@ -29,15 +29,19 @@ class IndexFunction:
 
     def __call__(self, constants: tuple[Array, ...], *scalars: Array) -> Array:
         """Evaluates at scalars; `constants` are the captured arrays, in the order in which they were found."""
-        name = np.dtype(scalars[0].dtype).name if len(scalars) == 5 else "mask"
+        name = np.dtype(scalars[0].dtype).name if len(scalars) == 5 else None
+        (out,) = jaxpr_as_fun(ClosedJaxpr(self.jaxpr(name), list(constants)))(*scalars)
+        return out
+
+    def jaxpr(self, score: str | None) -> Any:
+        """The traced program: inputs the scalars, constants what was captured. `score`: the dtype of a score's."""
+        name = score or "mask"
         if name not in self._jaxprs:
             raise NotImplementedError(
                 f"the score function was traced for {sorted(self._jaxprs)} and is asked for {name}: "
                 "create it after jax.enable_x64, where float64 is wanted."
             )
-        jaxpr, _ = self._jaxprs[name]
-        (out,) = jaxpr_as_fun(ClosedJaxpr(jaxpr, list(constants)))(*scalars)
-        return out
+        return self._jaxprs[name]
 
     def __hash__(self) -> int:
         return hash(self._key)
