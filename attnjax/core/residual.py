@@ -203,7 +203,8 @@ def _spread(value: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _named(names: dict[Any, Any], v: Any) -> Any:
-    return np.asarray(v.val, v.aval.dtype)[()] if isinstance(v, Literal) else names[v]
+    aval: Any = v.aval
+    return np.asarray(v.val, aval.dtype)[()] if isinstance(v, Literal) else names[v]
 
 
 def _read(env: dict[Any, Any], v: Any) -> Any:

@@ -243,8 +243,8 @@ class _Recorder:
         if order != sorted(order):
             array = array.transpose(*range(n), *order)
         lanes = tuple(array.shape[:n])
-        has = tuple(size > 1 for size in sizes)
-        self.pieces.append(Piece(lanes, *has, by_distance, np.dtype(array.dtype).name, sources))
+        heads, queries, keys = (size > 1 for size in sizes)
+        self.pieces.append(Piece(lanes, heads, queries, keys, by_distance, np.dtype(array.dtype).name, sources))
         self.arrays.append(array.reshape(math.prod(lanes), *sizes))
         return len(self.pieces) - 1
 

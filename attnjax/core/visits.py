@@ -54,7 +54,7 @@ def visits(problem: Problem, operands: list[Any], block_q: int, block_k: int, *,
     """
     sizes = problem.sizes
     kinds = problem.kinds(operands, block_q, block_k)
-    xp = np if isinstance(kinds, np.ndarray) else jnp
+    xp: Any = np if isinstance(kinds, np.ndarray) else jnp
     # Blocks that reach beyond the end are partial: what is beyond must not be seen.
     whole_q = np.arange(kinds.shape[-2]) < sizes.query_length // block_q
     whole_k = np.arange(kinds.shape[-1]) < sizes.key_length // block_k
