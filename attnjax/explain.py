@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from attnjax.attention import build
-from attnjax.core.dispatch import PARTS, Choice, choose
+from attnjax.core.dispatch import PARTS, Choice, choose, shares
 from attnjax.core.node import describe, is_array
 from attnjax.core.program import Problem
 from attnjax.profiling import attention_bytes, attention_flops
@@ -24,7 +24,8 @@ class Explanation:
 
     Attributes:
       platform: what the call would be compiled for.
-      choices: part ("forward", "tangent", "backward", "higher") -> the implementation, and why not the others.
+      choices: part ("forward", "tangent", "backward", "higher") -> the implementation, and why not the others; also
+        "backward of ..." where another one gives the gradients of some arguments.
       blocks: the tiles; `None` for an implementation that has none.
       block_counts: "empty", "partial", "full" -> number of blocks over all batch entries and heads; `None` when that
         depends on arrays whose values are not known here.
@@ -49,7 +50,7 @@ class Explanation:
             known = part in self.flops
             cost = [_short(self.flops[part], ""), _short(self.bytes[part], "B")] if known else ["", ""]
             memory = _short(self.temporary_bytes[part], "B", 1024) if known else ""
-            rows.append((_PART_NAMES[part], choice.name, *cost, memory))
+            rows.append((_PART_NAMES.get(part, part), choice.name, *cost, memory))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += ["", *self._tiles()]
@@ -109,14 +110,20 @@ def explain(query: Any, key: Any, value: Any, *, platform: str | None = None, **
         raise ValueError(f"platform {platform!r} is unknown: expected one of {list(PLATFORMS)} or None.")
     options.pop("return_lse", None)
     problem, operands = build(query, key, value, **options)
-    choices = {part: choose(problem, operands, platform, part) for part in PARTS}
+    choices = {}
+    for part in PARTS:
+        choices[part] = choose(problem, operands, platform, part)
+        if part == "backward":
+            for choice, positions in shares(problem, operands, platform)[1:]:
+                names = ", ".join(problem.program.name_of(i) for i in positions)
+                choices[f"backward of {names}"] = choice
     blocks = choices["forward"].kernel.blocks(problem, platform)
     pairs, counts = _pairs(problem, operands, blocks)
     flops = attention_flops(pairs, problem.head_size, problem.value_size)
     temporaries = {
         part: choice.kernel.temporary_bytes(problem, platform)[part]
         for part, choice in choices.items()
-        if part != "higher"
+        if part in ("forward", "backward", "tangent")
     }
     call = [(name, describe(x)) for name, x in (("query", query), ("key", key), ("value", value))]
     shown = ("mask", "score", "sinks", "dropout")

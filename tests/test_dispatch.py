@@ -131,3 +131,22 @@ def test_a_user_given_map_is_what_is_explained():
     block_map = aj.BlockMap.build(aj.Causal(), 256, 256, block_q=32, block_k=16)
     found = aj.explain(X, X, X, mask=aj.Causal(), block_map=block_map, platform="cpu")
     assert (found.blocks.block_q, found.blocks.block_k) == (32, 16)
+
+
+@pytest.mark.compiled
+def test_a_gradient_that_the_kernel_lacks_comes_from_another(monkeypatch):
+    """The rest stays where it was, and explain says who gives what."""
+    q = jax.random.normal(jax.random.key(0), (19, 2, 8))
+    slopes = jnp.array([0.5, 0.25])
+    loss = lambda q, slopes, name: jnp.sin(aj.attention(q, q, q, score=aj.ALiBi(slopes), implementation=name)).sum()
+    want = jax.grad(loss, argnums=(0, 1))(q, slopes, "xla")
+    monkeypatch.setattr(cpu, "gradients", lambda problem, operands: (0, 1, 2), raising=False)
+    told = aj.explain(q, q, q, score=aj.ALiBi(slopes), platform="cpu")
+    assert told.choices["backward"].name == "cpu"
+    assert told.choices["backward of ALiBi.slopes"].name == "xla"
+    assert told.choices["backward of ALiBi.slopes"].reasons["cpu"] == "cannot give the gradient of ALiBi.slopes"
+    assert "backward of ALiBi.slopes  xla" in str(told)
+    for name in (None, "cpu"):
+        got = jax.grad(loss, argnums=(0, 1))(q, slopes, name)
+        for a, b in zip(got, want, strict=True):
+            assert jnp.allclose(a, b, rtol=1e-4, atol=1e-5)

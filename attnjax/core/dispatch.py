@@ -37,7 +37,15 @@ def check_name(implementation: str | None) -> None:
     raise ValueError(f"implementation {implementation!r} is unknown: expected one of {sorted(KERNELS)} or None.{hint}")
 
 
-def choose(problem: Problem, operands: list[Any], platform: str, part: str, *, exported: bool = False) -> Choice:
+def choose(
+    problem: Problem,
+    operands: list[Any],
+    platform: str,
+    part: str,
+    *,
+    exported: bool = False,
+    gradients: tuple[int, ...] = (),
+) -> Choice:
     """The implementation for one of `PARTS`.
 
     Args:
@@ -46,6 +54,7 @@ def choose(problem: Problem, operands: list[Any], platform: str, part: str, *, e
       part: one of `PARTS`.
       exported: by `jax.export`, whose programs run where attnjax may not be installed: not with compiled kernels,
         unless one is named.
+      gradients: positions of operands whose gradients it must be able to give.
 
     Raises:
       NotImplementedError: the implementation that was named cannot take the problem.
@@ -53,7 +62,10 @@ def choose(problem: Problem, operands: list[Any], platform: str, part: str, *, e
     named, part = problem.implementation, part if platform else "higher"
     if named is not None and part not in parts_of(named):  # its config says nothing to those that run this part
         problem = dataclasses.replace(problem, config=None)
-    refusals = {name: kernel.unsupported(problem, operands, platform, part) for name, kernel in KERNELS.items()}
+    refusals = {
+        name: kernel.unsupported(problem, operands, platform, part) or _without(name, problem, operands, gradients)
+        for name, kernel in KERNELS.items()
+    }
     if named is not None and (part in parts_of(named) or refusals[named] is None):
         if refusals[named] is not None:
             able = [name for name in KERNELS if refusals[name] is None]
@@ -68,6 +80,31 @@ def choose(problem: Problem, operands: list[Any], platform: str, part: str, *, e
         if name != chosen:
             reasons[name] = refusals[name] or _not_preferred(name, order, chosen)
     return Choice(chosen, reasons)
+
+
+def shares(
+    problem: Problem, operands: list[Any], platform: str, *, exported: bool = False
+) -> list[tuple[Choice, tuple[int, ...]]]:
+    """Who gives which gradients in the backward: choices, with positions of the operands that have gradients."""
+    first = choose(problem, operands, platform, "backward", exported=exported)
+    left = _lacking(first.name, problem, operands, problem.differentiable)
+    if not left:
+        return [(first, problem.differentiable)]
+    anyone = dataclasses.replace(problem, implementation=None, config=None)
+    second = choose(anyone, operands, platform, "backward", exported=exported, gradients=left)
+    return [(first, tuple(i for i in problem.differentiable if i not in left)), (second, left)]
+
+
+def _lacking(name: str, problem: Problem, operands: list[Any], wanted: tuple[int, ...]) -> tuple[int, ...]:
+    """Of these operands, those whose gradients an implementation cannot give. Without `gradients` it gives all."""
+    given = getattr(KERNELS[name], "gradients", lambda problem, operands: wanted)(problem, operands) if wanted else ()
+    return tuple(i for i in wanted if i not in given)
+
+
+def _without(name: str, problem: Problem, operands: list[Any], wanted: tuple[int, ...]) -> str | None:
+    lacking = _lacking(name, problem, operands, wanted)
+    names = ", ".join(problem.program.name_of(i) for i in lacking)
+    return f"cannot give the gradient of {names}" if lacking else None
 
 
 def parts_of(name: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnjax.core.dropout import keep
 from attnjax.core.tiles import Grid, Sizes, Tile
@@ -56,6 +57,15 @@ class Program:
     def map_positions(self) -> tuple[int, ...]:
         """Where the operands stand that decide which blocks are visited."""
         return (self.count - 1,) if self.has_map else tuple(range(self._leaves_start, self._scores_start))
+
+    def name_of(self, position: int) -> str:
+        """What the operand at this position is called: "query", "sinks", "ALiBi.slopes"."""
+        scores = iter(self.score_positions())
+        names = dict(enumerate(("query", "key", "value", *(("sinks",) if self.sinks else ()))))
+        for structure in self.scores:
+            node = jax.tree.unflatten(structure, [np.zeros(()) for _ in range(structure.num_leaves)])
+            names |= {next(scores): name for name, _, _ in node.operands()}
+        return names.get(position, f"operand {position}")
 
     def sinks_of(self, operands: list[Any]) -> Array | None:
         """The sinks, [*batch, N], or `None`."""

@@ -19,7 +19,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad
 
-from attnjax.core.dispatch import choose
+from attnjax.core.dispatch import choose, shares
 from attnjax.core.program import Problem
 from attnjax.core.softmax import Rows, log_sum_exp
 from attnjax.core.sweep import lead, register
@@ -111,9 +111,14 @@ def _backward(*args: Array, platform: str, exported: bool, problem: Problem, wan
     """Operands, rows, and the cotangents of out and lse; gives float32 (float64) gradients."""
     count = problem.program.count
     operands = list(args[:count])
-    kernel = choose(problem, operands, platform, "backward", exported=exported).kernel
-    made = kernel.backward(problem, operands, Rows(*args[count : count + 3]), *args[count + 3 :], wanted)
-    return [x.astype(problem.accumulate) for x in made]
+    rows, cotangents = Rows(*args[count : count + 3]), args[count + 3 :]
+    made = {}
+    for choice, positions in shares(problem, operands, platform, exported=exported):
+        own = tuple((i, shape) for i, shape in wanted if i in positions)
+        if own:
+            gradients = choice.kernel.backward(problem, operands, rows, *cotangents, own)
+            made |= {i: x for (i, _), x in zip(own, gradients, strict=True)}
+    return [made[i].astype(problem.accumulate) for i, _ in wanted]
 
 
 def _backward_jvp(primals: list, tangents: list, *, problem: Problem, wanted: Wanted) -> Any:
