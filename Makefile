@@ -6,9 +6,11 @@
 #   make bench PEERS=1                            install the peers too (torch or tokamax: large), then compare
 #   make test PYTHON=python3.12 VENV=.venv-3.12   another interpreter, another environment
 #   make test CONSTRAINTS=constraints/floor.txt VENV=.venv-floor     the oldest supported versions
+#   make test-aot CONSTRAINTS=constraints/floor.txt AOT=.venv-aot-floor     the same, compiling for GPUs and TPUs
 
 PYTHON ?= python3
 VENV ?= .venv
+AOT ?= .venv-aot
 CONSTRAINTS ?=
 ARGS ?=
 PEERS ?=
@@ -23,16 +25,19 @@ CPP := $(wildcard $(NATIVE)/*.h $(NATIVE)/*.cc tests/native/*.h tests/native/*.c
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench test sanitize lint format typecheck docs clean distclean
+.PHONY: help bench test test-aot sanitize lint format typecheck docs clean distclean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 bench: $(STAMP)bench $(if $(PEERS),$(STAMP)peers)  ## compare attention on this machine
 	$(BIN)/attnjax bench $(ARGS)
 
 test: $(STAMP)dev  ## run the tests and the examples in the docstrings
 	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules tests attnjax $(ARGS)
+
+test-aot: $(AOT)/.installed-aot  ## compile for GPUs and TPUs that are not here; 2 GB of wheels
+	$(AOT)/bin/python -m pytest -n $(WORKERS) --dist loadgroup tests/aot $(ARGS)
 
 sanitize: $(STAMP)dev  ## run the C++ under sanitizers: addresses, undefined behaviour, threads
 	set -e; for kinds in address,undefined thread; do \
@@ -64,12 +69,22 @@ clean:  ## remove what was built, keep the environments
 	find . -name '.?*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the environments as well
-	rm -rf $(VENV) .venv-floor .venv-newest
+	rm -rf $(VENV) $(AOT) .venv-floor .venv-newest
 
 # The package has a stamp of its own, so that the C++ is compiled once for all extras; and there is one stamp per extra,
 # so that `make bench` never waits for documentation tools.
 $(STAMP)%: $(STAMP)package
 	$(PIP) 'attnjax[$*]'
+	@touch $@
+
+# XLA's compilers for GPUs and TPUs. With --no-deps, because the libraries that programs would run with are not needed;
+# a CUDA toolkit, of which the assembler is, comes as wheels where there is none.
+$(AOT)/.installed-aot: pyproject.toml $(CONSTRAINTS)
+	$(MAKE) --no-print-directory VENV=$(AOT) $(AOT)/.installed-dev
+	version=$$($(AOT)/bin/python -c 'import importlib.metadata as m; print(m.version("jax"))') && \
+	  $(AOT)/bin/python -m pip install --quiet --no-deps \
+	    jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-cudnn-cu13 libtpu
+	command -v nvcc || $(AOT)/bin/python -m pip install --quiet 'nvidia-cuda-nvcc>=13,<14' 'nvidia-cuda-runtime>=13,<14'
 	@touch $@
 
 $(STAMP)package: pyproject.toml $(CONSTRAINTS) $(NATIVE)/CMakeLists.txt $(wildcard $(NATIVE)/*.cc $(NATIVE)/*.h) | $(VENV)/pyvenv.cfg
