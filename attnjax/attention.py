@@ -18,12 +18,12 @@ from attnjax.core.node import describe, is_array
 from attnjax.core.program import Problem, Program
 from attnjax.core.tiles import Sizes, operand_form
 from attnjax.core.transforms import attend
-from attnjax.kernels import cpu, xla
+from attnjax.kernels import cpu, mosaic_tpu, triton, xla
 from attnjax.masks import Causal, Lengths, Mask, Window, as_mask
 from attnjax.scores import Bias, Scale, Score, as_scores
 
 Array = jax.Array
-Implementation = Literal["reference", "xla", "cpu"]
+Implementation = Literal["reference", "xla", "cpu", "triton", "mosaic_tpu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +229,8 @@ def _configured(implementation: str | None, config: Any) -> str | None:
     """The implementation, which a config names too."""
     if config is None:
         return implementation
-    named = {xla.Config: "xla", cpu.Config: "cpu"}.get(type(config))
+    kernels = {xla: "xla", cpu: "cpu", triton: "triton", mosaic_tpu: "mosaic_tpu"}
+    named = {kernel.Config: name for kernel, name in kernels.items()}.get(type(config))
     if named is None:
         kind = type(config).__name__
         raise TypeError(f"config must be an attnjax.kernels.xla.Config or an attnjax.kernels.cpu.Config, got {kind}.")

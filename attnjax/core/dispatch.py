@@ -8,12 +8,18 @@ from types import ModuleType
 from typing import Any
 
 from attnjax.core.program import Problem
-from attnjax.kernels import cpu, reference, xla
+from attnjax.kernels import cpu, mosaic_tpu, reference, triton, xla
 
-KERNELS: dict[str, ModuleType] = {"cpu": cpu, "xla": xla, "reference": reference}
+KERNELS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "triton": triton,
+    "mosaic_tpu": mosaic_tpu,
+    "xla": xla,
+    "reference": reference,
+}
 PARTS = ("forward", "backward", "tangent", "higher")  # higher: derivatives of second order and up
 
-_ORDER = {"cpu": ("cpu", "xla"), "cuda": ("xla",), "rocm": ("xla",), "tpu": ("xla",)}
+_ORDER = {"cpu": ("cpu", "xla"), "cuda": ("triton", "xla"), "rocm": ("xla",), "tpu": ("mosaic_tpu", "xla")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +79,7 @@ def choose(
         return Choice(named, {name: f"implementation={named!r} was asked for" for name in KERNELS if name != named})
     if exported:
         refusals["cpu"] = refusals["cpu"] or "jax.export: the program could not be loaded without attnjax"
+        refusals["triton"] = refusals["triton"] or "jax.export: later versions of JAX need not load Triton's programs"
     order = _ORDER.get(platform, ("xla",))
     chosen = next(name for name in order if refusals[name] is None)
     reasons = {}

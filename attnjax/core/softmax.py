@@ -90,6 +90,14 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
     return weight(lse_a) * out_a + weight(lse_b) * out_b, lse
 
 
+def merge_rows(out: Array, highest: Array, total: Array) -> Rows:
+    """The rows over all keys from those over parts of them, stacked in front; `out` is not yet divided by the total."""
+    most = highest.max(0)
+    share = jnp.exp(highest - finite(most))
+    total = (total * share).sum(0)
+    return Rows((out * share[..., None]).sum(0) * inverse(total)[..., None], most, total)
+
+
 def add_sinks(rows: Rows, sinks: Array) -> Rows:
     """Lets sinks, which broadcast to [*batch, T, N], join the denominator."""
     highest = jnp.maximum(rows.highest, sinks)

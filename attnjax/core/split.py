@@ -66,6 +66,18 @@ def entry_of(lanes: tuple[int, ...], batch: tuple[int, ...], b: Any) -> Any:
     return index
 
 
+def member_of(lanes: tuple[int, ...], batch: tuple[int, ...], entry: Any, number: Any) -> Any:
+    """The batch entry that is the `number`-th of those which `entry_of` gives this `entry`."""
+    b, stride = np.int32(0), 1
+    for own, size in zip(reversed(lanes), reversed(batch), strict=True):
+        if own > 1:
+            b, entry = b + entry % np.int32(size) * np.int32(stride), entry // np.int32(size)
+        elif size > 1:
+            b, number = b + number % np.int32(size) * np.int32(stride), number // np.int32(size)
+        stride *= size
+    return b
+
+
 def widened(operands: list[Any], shapes: dict[int, tuple[int, ...]], batch_ndim: int) -> list[Any]:
     """The operands with those batch axes that their gradients are wanted for (`shapes`, by position)."""
     wide = lambda x, shape: jnp.broadcast_to(x, (*shape[:batch_ndim], *x.shape[batch_ndim:]))
@@ -106,6 +118,23 @@ class Split:
         self._mask_residuals = sum(residual.of_mask for residual in self._residuals)
         self.primitives = frozenset(name for residual in self._residuals for name in residual.primitives)
 
+    @classmethod
+    def described(cls, problem: Problem, operands: list[Any]) -> Split:
+        """The split of a problem whose operands may be `jax.ShapeDtypeStruct`: its pieces, without usable arrays."""
+        found: list[Split] = []
+
+        def split(operands: list[Any]) -> list[Any]:
+            found.append(cls(problem, operands))
+            return found[0].arrays
+
+        jax.eval_shape(split, list(operands))
+        return found[0]
+
+    @property
+    def of_mask(self) -> range:
+        """The numbers of the mask's pieces."""
+        return range(self._mask_start, self._scores_start)
+
     def wanted(self, operands: Sequence[int]) -> tuple[int, ...]:
         """The pieces, scores' only, whose gradients the gradients of these operands are made of."""
         found = range(self._scores_start, len(self.pieces))
@@ -137,8 +166,8 @@ class Split:
         lanes, batch = self.pieces[n].lanes, self.problem.sizes.batch
         if gradient.shape[0] != shape[0]:
             apart = gradient.reshape(*batch, *gradient.shape[1:])
-            gradient = _summed(apart, (*lanes, *gradient.shape[1:])).reshape(shape[0], *gradient.shape[1:])
-        return _summed(gradient, shape).astype(self.problem.accumulate)
+            gradient = summed(apart, (*lanes, *gradient.shape[1:])).reshape(shape[0], *gradient.shape[1:])
+        return summed(gradient, shape).astype(self.problem.accumulate)
 
     def tile(self, q: Array, k: Array, b: Any, h: Any, values: Sequence[Any]) -> PairTile:
         """A tile whose queries and keys are q and k (int32, they broadcast together to its shape).
@@ -276,7 +305,7 @@ def _placeholders(node: Any) -> Any:
     return jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), node)
 
 
-def _summed(x: Array, shape: tuple[int, ...]) -> Array:
+def summed(x: Array, shape: tuple[int, ...]) -> Array:
     """Summed over the axes that have size 1 in `shape`."""
     axes = tuple(i for i, (have, want) in enumerate(zip(x.shape, shape, strict=True)) if have != want)
     return x.sum(axes, keepdims=True) if axes else x

@@ -1,9 +1,13 @@
-"""`Visits`: a block map as lists, for kernels whose program has one row of blocks: which blocks it visits. No loops."""
+"""`Visits`: a block map as lists, for kernels whose program has one row of blocks: which blocks it visits. No loops.
+
+`Lists` is what such a kernel loads of it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,7 +40,7 @@ class Visits:
         return entry_of(self.lanes, batch, b)
 
     def head(self, h: Any) -> Any:
-        """Which of its heads belongs to the query head `h`."""
+        """Which of its heads belongs to the query head (or, of lists of groups, to the group) `h`."""
         return h if self.counts.shape[1] > 1 else 0
 
     @property
@@ -46,19 +50,21 @@ class Visits:
         return int(self.counts[..., 1].max(initial=0)) if known else self.blocks.shape[-1]
 
 
-def visits(problem: Problem, operands: list[Any], block_q: int, block_k: int, *, by_key: bool = False) -> Visits:
+def visits(
+    problem: Problem, operands: list[Any], block_q: int, block_k: int, *, by_key: bool = False, group: int = 1
+) -> Visits:
     """The lists for these block sizes; numpy where the mask is known.
 
     Args:
       by_key: for each block of keys the blocks of queries, instead.
+      group: so many neighbouring heads share one list, with all that any of them visits.
     """
-    sizes = problem.sizes
-    kinds = problem.kinds(operands, block_q, block_k)
+    kinds = block_kinds(problem, operands, block_q, block_k)
     xp: Any = np if isinstance(kinds, np.ndarray) else jnp
-    # Blocks that reach beyond the end are partial: what is beyond must not be seen.
-    whole_q = np.arange(kinds.shape[-2]) < sizes.query_length // block_q
-    whole_k = np.arange(kinds.shape[-1]) < sizes.key_length // block_k
-    kinds = xp.minimum(kinds, np.where(whole_q[:, None] & whole_k, 2, 1).astype(np.int8))
+    if group > 1 and kinds.shape[-3] > 1:
+        apart = kinds.reshape(*kinds.shape[:-3], -1, group, *kinds.shape[-2:])
+        least, most = apart.min(-3), apart.max(-3)
+        kinds = xp.where(least == most, least, np.int8(1))
     kinds = xp.swapaxes(kinds, -1, -2) if by_key else kinds
     lanes, (heads, rows, columns) = kinds.shape[:-3], kinds.shape[-3:]
     kinds = kinds.reshape(math.prod(lanes), heads, rows, columns)
@@ -70,3 +76,77 @@ def visits(problem: Problem, operands: list[Any], block_q: int, block_k: int, *,
     blocks = xp.take_along_axis(order, place, axis=-1) if columns else order
     counts = xp.stack([partial, visited], -1).astype(np.int32)
     return Visits(counts, blocks.astype(np.int32), tuple(lanes))
+
+
+def block_kinds(problem: Problem, operands: list[Any], block_q: int, block_k: int) -> Any:
+    """The block map, int8 `[*lanes, N or 1, query blocks, key blocks]`; a block that reaches beyond the end is partial.
+
+    A map that the user gave is cut finer, where these blocks are parts of its own.
+    """
+    sizes = problem.sizes
+    kinds = problem.kinds(operands, block_q, block_k)
+    xp: Any = np if isinstance(kinds, np.ndarray) else jnp
+    rows, columns = -(-sizes.query_length // block_q), -(-sizes.key_length // block_k)
+    if problem.blocks is not None and problem.blocks != (block_q, block_k):
+        given_q, given_k = problem.blocks
+        kinds = xp.take(kinds, np.arange(rows) * block_q // given_q, axis=-2)
+        kinds = xp.take(kinds, np.arange(columns) * block_k // given_k, axis=-1)
+    whole_q = np.arange(rows) < sizes.query_length // block_q
+    whole_k = np.arange(columns) < sizes.key_length // block_k
+    return xp.minimum(kinds, np.where(whole_q[:, None] & whole_k, 2, 1).astype(np.int8))
+
+
+class Lists:
+    """Visits in the form that a kernel loads.
+
+    Lists that are known and name neighbouring blocks are kept as the first of them. Where moreover all rows have the
+    same list there is nothing to load.
+
+    Attributes:
+      rows: how many lists there are for a head.
+      given: the arrays to load from, by name.
+      has_partial, has_full: whether any list may have blocks of the kind.
+    """
+
+    def __init__(self, found: Visits, batch: tuple[int, ...]):
+        self._found, self._batch = found, batch
+        counts, blocks = found.counts, found.blocks
+        self.rows = counts.shape[2]
+        self.has_partial = self.has_full = True
+        self._runs: Any = None
+        if isinstance(counts, np.ndarray):
+            self.has_partial = bool(counts[..., 0].any())
+            self.has_full = bool((counts[..., 1] > counts[..., 0]).any())
+            self._runs = _runs(counts, blocks)
+        if self._runs is None:
+            self.given = {"counts": jnp.asarray(counts), "blocks": jnp.asarray(blocks)}
+        else:
+            same = (self._runs == self._runs[:1, :1, :1]).all()
+            self.given = {} if same else {"counts": jnp.asarray(self._runs)}
+
+    def of(self, refs: dict[str, Any], b: Any, h: Any, row: Any) -> tuple[Any, Any, Callable[[Any, bool], Any]]:
+        """The list of a row of blocks: how many are partial, how many there are, and a function that gives them.
+
+        The function takes the place in the list, and whether it is among the partial ones.
+        """
+        at = (self._found.entry(self._batch, b), self._found.head(h), row)
+        if self._runs is None:
+            partial, visited = (refs["counts"][*at, i] for i in range(2))
+            return partial, visited, lambda place, _: refs["blocks"][*at, place]
+        if self.given:
+            partial, visited, first, first_full = (refs["counts"][*at, i] for i in range(4))
+        else:
+            partial, visited, first, first_full = (np.int32(x) for x in self._runs[0, 0, 0])
+        return partial, visited, lambda place, masked: place + (first if masked else first_full - partial)
+
+
+def _runs(counts: np.ndarray, blocks: np.ndarray) -> np.ndarray | None:
+    """[..., partial, visited, the first partial, the first full] where both kinds are neighbours in all lists."""
+    place = np.arange(blocks.shape[-1])
+    partial, visited = counts[..., :1], counts[..., 1:]
+    first = blocks[..., :1]
+    first_full = np.take_along_axis(blocks, np.minimum(partial, blocks.shape[-1] - 1), -1)
+    run = np.where(place < partial, first + place, first_full + place - partial)
+    if (run != blocks)[place < visited].any():
+        return None
+    return np.concatenate([counts, first, first_full], -1).astype(np.int32)

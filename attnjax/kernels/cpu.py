@@ -160,7 +160,7 @@ class _Call:
             self.operands.append(jnp.asarray(problem.kinds(operands, tiles.block_q, tiles.block_k)))
         self.scores = _scores(problem, operands)
         self.operands += [score.array for score in self.scores if score.array is not None]
-        config = problem.config or Config()
+        config = problem.config if isinstance(problem.config, Config) else Config()
         self.attributes = {
             "batch": np.array(sizes.batch, np.int64),
             "mapped": np.int64(sizes.mapped),

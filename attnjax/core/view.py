@@ -1,0 +1,76 @@
+"""`View`: a tile of logits inside a kernel, after scores and mask, and the way back through them. Loads nothing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from attnjax.core.split import PairTile, Split
+
+Array = jax.Array
+
+LOG2E = math.log2(math.e)
+
+
+class View:
+    """The logits of a tile, with queries along one of its axes and keys along the other: q and k are [r, 1] and [1, c].
+
+    In a masked tile not every pair counts. What is hidden may hold NaN, and a weight of 0 times NaN is NaN: so where
+    something is summed over keys, those that no query of the tile sees are put to 0, and the other way round.
+
+    Attributes:
+      logits: in units of log 2, -inf where the query does not see the key.
+    """
+
+    def __init__(
+        self, split: Split, at: tuple[Any, Any], q: Array, k: Array, values: list[Any], raw: Array, masked: bool
+    ):
+        """`at`: batch entry and head; `values`: the tile's part of every piece; `raw`: the product of query and key."""
+        program, sizes = split.problem.program, split.problem.sizes
+        self._tile: PairTile = split.tile(q, k, *at, values)
+        self._query_axis = 0 if q.shape[1] == 1 else 1
+        self._scored = bool(program.scores)
+        self._visible = None
+        if masked:
+            visible = jnp.broadcast_to((q < sizes.query_length) & (k < sizes.key_length), raw.shape)
+            seen = self._tile.visible()
+            self._visible = visible if seen is None else visible & jnp.broadcast_to(seen, raw.shape)
+        if self._scored:  # where nothing is seen their derivatives must stay finite
+            self._raw = self._hidden(raw * program.scale, 0.0)
+            logits = self._tile.modify(self._raw) * LOG2E
+        else:
+            logits = raw * (program.scale * LOG2E)
+        self.logits = self._hidden(logits, -jnp.inf)
+
+    def seen(self, rows: Array) -> Array:
+        """Rows by key [k, *], 0 for keys that no query sees."""
+        return self._some(rows, self._query_axis)
+
+    def seeing(self, rows: Array) -> Array:
+        """Rows by query [q, *], 0 for queries that see no key."""
+        return self._some(rows, 1 - self._query_axis)
+
+    def drop(self, weights: Array) -> Array:
+        """Dropout applied to the tile's weights."""
+        return self._tile.drop(weights)
+
+    def pulled(self, d_logits: Array, wanted: list[int]) -> tuple[Array, list[Array]]:
+        """Cotangents of the scaled product of query and key, and of the pieces in `wanted`."""
+        d_logits = self._hidden(d_logits, 0.0)
+        return self._tile.pull(self._raw, d_logits, wanted) if self._scored else (d_logits, [])
+
+    def _hidden(self, pairs: Array, value: float) -> Array:
+        return pairs if self._visible is None else jnp.where(self._visible, pairs, value)
+
+    def _some(self, rows: Array, over: int) -> Array:
+        if self._visible is None:
+            return rows
+        some = self._visible.astype(jnp.int32).max(over).reshape(rows.shape[0], 1)
+        # On their bits: Triton moves what selects to where the product needs its operand, which fails for booleans.
+        bits = jnp.int16 if rows.dtype.itemsize == 2 else jnp.int32
+        kept = lax.bitcast_convert_type(rows, bits) & jnp.broadcast_to((-some).astype(bits), rows.shape)
+        return lax.bitcast_convert_type(kept, rows.dtype)
