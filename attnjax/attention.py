@@ -23,7 +23,7 @@ from attnjax.masks import Causal, Lengths, Mask, Window, as_mask
 from attnjax.scores import Bias, Scale, Score, as_scores
 
 Array = jax.Array
-Implementation = Literal["reference", "xla", "cpu", "triton", "mosaic_tpu"]
+Implementation = Literal["reference", "xla", "cpu", "cudnn", "triton", "mosaic_tpu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,8 @@ def attention(
       scale: factor of the logits; default 1 / sqrt(H).
       sinks: `[N]`, one more logit per head that takes part in the softmax but has no value.
       dropout: `Dropout(rate, seed)`.
-      implementation: "cpu", "xla" or "reference"; default: the best that can. A named one runs or raises.
+      implementation: "cpu", "cudnn", "triton", "mosaic_tpu", "xla" or "reference"; default: the best that can. A named
+        one runs or raises.
       config: how the implementation runs, `attnjax.kernels.xla.Config(...)` or `attnjax.kernels.cpu.Config(...)`.
       block_map: a `BlockMap` of the mask that was built before.
       return_lse: also return the log-sum-exp of the logits (sinks included).
@@ -136,6 +137,7 @@ def attention(
         implementation=implementation,
         config=config,
         block_map=block_map,
+        return_lse=return_lse,
     )
     out, lse = attend(problem, operands)
     return (out, lse) if return_lse else out
@@ -154,6 +156,7 @@ def build(
     implementation: str | None = None,
     config: Any = None,
     block_map: BlockMap | None = None,
+    return_lse: bool = True,
 ) -> tuple[Problem, list[Any]]:
     """Checks the arguments of `attention` and splits them into what is static and the list of operands."""
     plain = (list, tuple, np.ndarray)
@@ -221,6 +224,7 @@ def build(
         implementation=implementation,
         config=config,
         blocks=None if block_map is None else (block_map.block_q, block_map.block_k),
+        returns_lse=return_lse,
     )
     return problem, operands
 

@@ -64,7 +64,8 @@ class Explanation:
 
     def _tiles(self) -> list[str]:
         if self.blocks is None:
-            return ["  tiles   none: the whole T x S matrix at once"]
+            dense = self.choices["forward"].name == "reference"
+            return [f"  tiles   {'none: the whole T x S matrix at once' if dense else 'chosen by the implementation'}"]
         lanes = math.prod(self.blocks.lanes) * self.blocks.lanes_kv
         heads = "1 key/value head" if lanes == 1 else f"{lanes} key/value heads"
         tiles = f"  tiles   {self.blocks.block_q} queries x {self.blocks.block_k} keys, {heads} at a time"
@@ -108,8 +109,7 @@ def explain(query: Any, key: Any, value: Any, *, platform: str | None = None, **
     platform = "cuda" if platform == "gpu" else platform
     if platform not in PLATFORMS:
         raise ValueError(f"platform {platform!r} is unknown: expected one of {list(PLATFORMS)} or None.")
-    options.pop("return_lse", None)
-    problem, operands = build(query, key, value, **options)
+    problem, operands = build(query, key, value, **{"return_lse": False, **options})
     choices = {}
     for part in PARTS:
         choices[part] = choose(problem, operands, platform, part)

@@ -23,7 +23,7 @@ STEPS = [
     {"core.visits"},
     {"core.walk"},
     {"core.sweep"},
-    {"kernels.xla", "kernels.reference", "kernels.cpu"},
+    {"kernels.xla", "kernels.reference", "kernels.cpu", "kernels.cudnn"},
     {"core.dispatch"},
     {"core.transforms"},
     {"attention"},

@@ -8,10 +8,11 @@ from types import ModuleType
 from typing import Any
 
 from attnjax.core.program import Problem
-from attnjax.kernels import cpu, mosaic_tpu, reference, triton, xla
+from attnjax.kernels import cpu, cudnn, mosaic_tpu, reference, triton, xla
 
 KERNELS: dict[str, ModuleType] = {
     "cpu": cpu,
+    "cudnn": cudnn,
     "triton": triton,
     "mosaic_tpu": mosaic_tpu,
     "xla": xla,
@@ -19,7 +20,7 @@ KERNELS: dict[str, ModuleType] = {
 }
 PARTS = ("forward", "backward", "tangent", "higher")  # higher: derivatives of second order and up
 
-_ORDER = {"cpu": ("cpu", "xla"), "cuda": ("triton", "xla"), "rocm": ("xla",), "tpu": ("mosaic_tpu", "xla")}
+_ORDER = {"cpu": ("cpu", "xla"), "cuda": ("cudnn", "triton", "xla"), "rocm": ("xla",), "tpu": ("mosaic_tpu", "xla")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,7 @@ def choose(
         return Choice(named, {name: f"implementation={named!r} was asked for" for name in KERNELS if name != named})
     if exported:
         refusals["cpu"] = refusals["cpu"] or "jax.export: the program could not be loaded without attnjax"
+        refusals["cudnn"] = refusals["cudnn"] or "jax.export: the program may run on a GPU for which cuDNN is not used"
         refusals["triton"] = refusals["triton"] or "jax.export: later versions of JAX need not load Triton's programs"
     order = _ORDER.get(platform, ("xla",))
     chosen = next(name for name in order if refusals[name] is None)

@@ -110,6 +110,7 @@ class Problem:
     implementation: str | None
     config: Any | None  # frozen, hashable; belongs to the implementation
     blocks: tuple[int, int] | None  # block sizes of the map a user passed
+    returns_lse: bool  # where not, the log-sum-exp has no cotangent
 
     @property
     def accumulate(self) -> Any:
