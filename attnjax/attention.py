@@ -14,6 +14,7 @@ from jaxtyping import Float
 from attnjax.core import checks
 from attnjax.core.blocks import BlockMap
 from attnjax.core.dispatch import check_name
+from attnjax.core.dropout import head_seeds
 from attnjax.core.node import describe, is_array
 from attnjax.core.program import Problem, Program
 from attnjax.core.tiles import Sizes, operand_form
@@ -193,8 +194,8 @@ def build(
     dropping = dropout is not None and dropout.rate > 0
     if dropping:
         assert dropout is not None
-        operands.append(operand_form(_seed(dropout.seed, batch), "", n))
-        axes.append("")
+        operands.append(operand_form(_seeds(dropout.seed, batch, heads), "h", n))
+        axes.append("h")
     for node in [*([] if mask is None else [mask]), *scores]:
         for _, leaf, names in node.operands():
             if isinstance(node, Score) and jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -237,20 +238,28 @@ def _configured(implementation: str | None, config: Any) -> str | None:
     named = {kernel.Config: name for kernel, name in kernels.items()}.get(type(config))
     if named is None:
         kind = type(config).__name__
-        raise TypeError(f"config must be an attnjax.kernels.xla.Config or an attnjax.kernels.cpu.Config, got {kind}.")
+        raise TypeError(
+            f"config must be the Config of an implementation, such as attnjax.kernels.xla.Config, got {kind}."
+        )
     if implementation not in (None, named, "reference"):
         raise ValueError(f"config is one of {named!r} and implementation is {implementation!r}: give one of that.")
     return implementation or named
 
 
-def _seed(seed: Any, batch: tuple[int, ...]) -> Any:
-    if isinstance(seed, jax.ShapeDtypeStruct):
-        return seed
-    if isinstance(seed, int):
-        return np.asarray(seed % 2**32, np.uint32)
+def _seeds(seed: Any, batch: tuple[int, ...], heads: int) -> Any:
+    """Dropout's seeds by batch entry and head, uint32 [*B, N]."""
+    if isinstance(seed, (int, np.integer)):
+        return _hashed(np.asarray(int(seed) % 2**32, np.uint32), batch, heads)
     if not checks.broadcasts(seed.shape, batch):
         raise ValueError(f"dropout: seed is {describe(seed)} and must be a scalar or broadcast to *B = {list(batch)}.")
-    return seed
+    if isinstance(seed, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((*batch, heads), np.uint32)
+    return jax.jit(_hashed, static_argnums=(1, 2))(seed.astype(np.uint32), batch, heads)
+
+
+def _hashed(seed: Any, batch: tuple[int, ...], heads: int) -> Any:
+    entries = np.arange(math.prod(batch), dtype=np.uint32).reshape(*batch, 1)
+    return head_seeds(seed[..., None], entries, np.arange(heads, dtype=np.uint32))
 
 
 def _check_map(block_map: Any, mask: Any, t: int, s: int, batch: tuple[int, ...], heads: int, config: Any) -> None:

@@ -1,6 +1,8 @@
 """Settings every test runs under: one CPU backend unless told otherwise, strict promotion, skips that are counted."""
 
 import functools
+import gc
+import itertools
 import os
 from collections import Counter
 
@@ -21,6 +23,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The same examples on every machine and in every worker, so that a failure can be looked at again.
 hypothesis.settings.register_profile("attnjax", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.load_profile("attnjax")
+
+
+_finished = itertools.count(1)
 
 
 @pytest.fixture
@@ -79,6 +84,18 @@ def pytest_collection_modifyitems(config, items):
         names += [one.get("implementation") for one in given.values() if isinstance(one, dict)]
         if "cpu" in names or item.get_closest_marker("compiled"):
             item.add_marker(pytest.mark.skip(reason="--without-compiled-kernel"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    """Forgets compiled programs now and then.
+
+    Each of them holds memory mappings, and a process may have 65530 of these (Linux, vm.max_map_count): beyond that,
+    XLA crashes while it compiles.
+    """
+    if next(_finished) % 250 == 0:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -12,7 +12,7 @@ from oracle import Expected, Index, Problem, Shape, worst
 from problems import FAST_COMPILE
 
 import attnjax as aj
-from attnjax.core.dropout import keep
+from attnjax.core.dropout import head_seeds, keep
 from attnjax.kernels import xla
 
 # Blocks of 4 cut T = 13 and S = 11 into several, with a rest on both sides; lanes=1 takes the heads one by one.
@@ -86,7 +86,8 @@ def meaning_of_little(shape, d):
 def _kept(i, seed):
     """Which weights dropout keeps, [B, N, T, S]."""
     with jax.ensure_compile_time_eval():
-        kept = keep(i.per(np.asarray(seed)), i.b, i.h, i.q, i.k, RATE)
+        u32 = lambda x: np.asarray(x).astype(np.uint32)
+        kept = keep(head_seeds(u32(i.per(np.asarray(seed))), u32(i.b), u32(i.h)), i.q, i.k, RATE)
     return np.broadcast_to(kept, (i.shape.B, i.N, i.T, i.S))
 
 

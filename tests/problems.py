@@ -16,7 +16,7 @@ from cases import MaskCase, ScoreCase
 from oracle import HALVES, Answer, Arrays, Expected, Index, Problem, Shape, differentiate, expected
 
 import attnjax
-from attnjax.core.dropout import keep
+from attnjax.core.dropout import head_seeds, keep
 from attnjax.kernels import xla
 
 # Every implementation is tried on everything: a new kernel joins with one line. The small tiles cut T = 37 and
@@ -93,7 +93,8 @@ def problem(case: Case, d: Arrays) -> Problem:
     rate, seed = case.score.dropout or (0.0, 0)
     kept = None
     if rate:
-        kept = np.broadcast_to(np.asarray(keep(np.uint32(seed), index.b, index.h, index.q, index.k, rate)), full)
+        seeds = head_seeds(np.asarray([seed], np.uint32), index.b.astype(np.uint32), index.h.astype(np.uint32))
+        kept = np.broadcast_to(np.asarray(keep(seeds, index.q, index.k, rate)), full)
     return Problem(shape, visible, case.score.rule, case.score.scale, kept, rate)
 
 

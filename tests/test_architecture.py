@@ -15,11 +15,12 @@ PACKAGE = Path(attnjax.__file__).parent
 
 # Each file imports only from steps before its own. Files of one step do not import each other, but for bench.
 STEPS = [
-    {"core.node", "core.functions", "core.dropout", "core.softmax", "positions", "profiling"},
+    {"core.functions", "core.dropout", "core.softmax", "positions", "profiling"},
+    {"core.node"},
     {"core.checks"},
     {"core.tiles"},
     {"masks", "scores", "core.program", "core.sides", "core.residual"},
-    {"core.blocks", "tuning", "core.split"},
+    {"core.blocks", "tuning", "core.split", "core.sharding"},
     {"core.visits"},
     {"core.walk"},
     {"core.sweep"},

@@ -194,7 +194,7 @@ WRONG_OPERANDS = {
     "integers": ({}, 0, jnp.ones((B, T, N, H), jnp.int32), "query must hold floats"),
     "sinks": (SINKS, 3, jnp.ones((1, N + 1)), "sinks is \\[5\\], expected \\[4\\]"),
     "sinks_type": (SINKS, 3, jnp.ones((1, N), jnp.bfloat16), "sinks has the wrong type"),
-    "seed": (DROPPED, 3, jnp.ones((1,), jnp.int32), "seed has the wrong type"),
+    "seed": (DROPPED, 3, jnp.ones((1,), jnp.int32), "seeds has the wrong type"),
     "mask_keys": (MASKED, 3, jnp.ones((1, S + 1), jnp.int32), "mask keys is \\[8\\], expected \\[7\\]"),
     "mask_type": (MASKED, 4, jnp.ones((1, T)), "mask queries has the wrong type"),
     "map": (MASKED, 5, jnp.ones((1, 1, 2, 1), jnp.int8), "block map is"),

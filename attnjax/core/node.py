@@ -13,6 +13,8 @@ from typing import Any, ClassVar, TypeGuard, dataclass_transform
 import jax
 import numpy as np
 
+from attnjax.core.functions import IndexFunction
+
 Leaf = Any  # jax.Array, numpy array, tracer or ShapeDtypeStruct
 
 
@@ -71,6 +73,15 @@ class Node:
                     yield f"{type(self).__name__}.{name}[{i}]", item, "." * np.ndim(item)
             else:
                 yield f"{type(self).__name__}.{name}", value, self.axes[name]
+
+    def functions(self) -> Iterator[IndexFunction]:
+        """Yields the functions of indices in it."""
+        for field in self._fields():
+            value = getattr(self, field.name)
+            if isinstance(value, IndexFunction):
+                yield value
+            elif isinstance(value, Node):
+                yield from value.functions()
 
     def __repr__(self) -> str:
         parts = []

@@ -1,7 +1,7 @@
 """`Program` and `Problem`: an attention call, split into what is static and its list of operands. Computes nothing big.
 
-The operands are, in this order: query, key, value, [sinks], [dropout seed], mask leaves, score leaves, [block map].
-All are in operand form (see `core.tiles`) with all batch axes present.
+The operands are, in this order: query, key, value, [sinks], [dropout's seeds by head], mask leaves, score leaves,
+[block map]. All are in operand form (see `core.tiles`) with all batch axes present.
 """
 
 from __future__ import annotations
@@ -67,6 +67,15 @@ class Program:
             names |= {next(scores): name for name, _, _ in node.operands()}
         return names.get(position, f"operand {position}")
 
+    def reads_index(self) -> tuple[bool, bool]:
+        """Whether anything but arrays tells batch entries apart, and heads: a function of indices."""
+        read = [False, False]
+        for structure in (*self.mask, *self.scores):
+            node = jax.tree.unflatten(structure, [np.zeros(()) for _ in range(structure.num_leaves)])
+            for function in node.functions():
+                read = [a or b for a, b in zip(read, function.uses[:2], strict=True)]
+        return read[0], read[1]
+
     def sinks_of(self, operands: list[Any]) -> Array | None:
         """The sinks, [*batch, N], or `None`."""
         return operands[3] if self.sinks else None
@@ -93,7 +102,7 @@ class Program:
         """Applies dropout to softmax weights (or to anything that is multiplied like them)."""
         if not self.dropout:
             return weights
-        kept = keep(operands[3 + self.sinks], tile.b, tile.h, tile.q, tile.k, self.dropout)
+        kept = keep(operands[3 + self.sinks], tile.q, tile.k, self.dropout)
         return jnp.where(kept, weights / (1 - self.dropout), 0)
 
 

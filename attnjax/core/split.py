@@ -88,7 +88,7 @@ class Split:
     """The mask, scores, sinks and dropout of a problem, split.
 
     Attributes:
-      pieces: what they need: the sinks and the seed (if there are any), then the mask's, then the scores'.
+      pieces: what they need: the sinks and dropout's seeds (if there are any), then the mask's, then the scores'.
       arrays: the pieces themselves, in the same order.
       primitives: names of the JAX primitives that functions of indices run on tiles.
 
@@ -101,7 +101,7 @@ class Split:
         program = problem.program
         recorder = _Recorder(problem)
         self.sinks = recorder.note(operands[3], "h", (3,)) if program.sinks else None
-        self.seed = recorder.note(operands[3 + program.sinks], "") if program.dropout else None
+        self.seeds = recorder.note(operands[3 + program.sinks], "h") if program.dropout else None
         self._mask_start = len(recorder.pieces)
         mask = program.mask_of(operands)
         if mask is not None:
@@ -222,9 +222,9 @@ class PairTile:
     def drop(self, weights: Array) -> Array:
         """Dropout applied to softmax weights."""
         split, program = self._split, self._split.problem.program
-        if split.seed is None:
+        if split.seeds is None:
             return weights
-        return program.drop(weights, self, [None] * (3 + program.sinks) + [self._all[split.seed]])  # type: ignore[arg-type]
+        return program.drop(weights, self, [None] * (3 + program.sinks) + [self._all[split.seeds]])  # type: ignore[arg-type]
 
     def take(self, array: Any, axes: str) -> Any:
         """The tile's part of a leaf: the next piece. Tables come as placeholders, their values by distance."""

@@ -18,6 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from attnjax.core.program import Problem
+from attnjax.core.sharding import compiled_for_several, result_type
 from attnjax.core.walk import Output, Visit, Walk, push, reduce_to
 from attnjax.tuning import PLATFORMS, choose_blocks
 
@@ -68,6 +69,7 @@ def _run(
     *operands: Array,
     platform: str,
     exported: bool,
+    divided: bool,
     problem: Problem,
     fn: TileFunction,
     axes: tuple,
@@ -188,14 +190,14 @@ sweep_p.multiple_results = True
 
 
 def _abstract(*operands: Any, problem: Problem, fn: TileFunction, axes: tuple, outputs: tuple) -> list:
-    return [ShapedArray(o.shape, o.dtype) for o in outputs]
+    return [result_type(o.shape, o.dtype, operands) for o in outputs]
 
 
 def _jvp(primals: list, tangents: list, *, problem: Problem, fn: TileFunction, axes: tuple, outputs: tuple) -> Any:
     made = sweep_p.bind(*primals, problem=problem, fn=fn, axes=axes, outputs=outputs)
     moved = tuple(i for i, t in enumerate(tangents) if type(t) is not ad.Zero)
     if not moved:
-        return made, [ad.Zero(ShapedArray(o.shape, o.dtype)) for o in outputs]
+        return made, [ad.Zero(jax.typeof(x)) for x in made]
     if set(moved) <= set(fn.linear):  # the function is its own derivative
         values = [
             ad.instantiate_zeros(t) if i in fn.linear else p
@@ -251,11 +253,12 @@ def register(
 ) -> None:
     """Gives a primitive its shapes, its batching and, per platform, its body.
 
-    The body is a function of the operands, `platform`, `exported` (by `jax.export`) and the parameters.
+    The body is a function of the operands, `platform`, `exported` (by `jax.export`), `divided` (over several devices,
+    by XLA) and the parameters. Inside `jax.shard_map` it is told nothing of the devices: kernels know no such types.
     """
     primitive.def_abstract_eval(abstract)
     here = lambda: {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    run = lambda *args, params: body(*args, platform=here(), exported=False, **dict(params))
+    run = lambda *args, params: body(*args, platform=here(), exported=False, divided=False, **dict(params))
     eager = jax.jit(run, static_argnames="params")
     primitive.def_impl(lambda *args, **params: eager(*args, params=tuple(params.items())))
     batching.primitive_batchers[primitive] = batch
@@ -263,7 +266,10 @@ def register(
 
         def lower(ctx: Any, *args: Any, platform: str | None = platform, **params: Any) -> Any:
             exported = ctx.module_context.lowering_parameters.for_export
-            bound = partial(body, platform=platform or "other", exported=exported)
+            divided = not exported and compiled_for_several(ctx)
+            bound = partial(body, platform=platform or "other", exported=exported, divided=divided)
+            plain = lambda avals: [ShapedArray(a.shape, a.dtype) for a in avals]
+            ctx = ctx.replace(avals_in=plain(ctx.avals_in), avals_out=plain(ctx.avals_out))
             return mlir.lower_fun(bound, multiple_results=True)(ctx, *args, **params)
 
         mlir.register_lowering(primitive, lower, platform=platform)

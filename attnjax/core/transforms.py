@@ -10,51 +10,64 @@ Each is lowered per platform by the implementation that `core.dispatch` chooses 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from attnjax.core.dispatch import choose, shares
 from attnjax.core.program import Problem
+from attnjax.core.sharding import Operand, result_type, shared_out, tell_devices, vary_together
 from attnjax.core.softmax import Rows, log_sum_exp
 from attnjax.core.sweep import lead, register
 from attnjax.core.walk import push
 
 Array = jax.Array
+Shapes = list[tuple[int, ...]]
 Wanted = tuple[tuple[int, tuple[int, ...]], ...]  # positions of operands and the shapes of their gradients
 
 
 @partial(jax.jit, static_argnums=0)
 def attend(problem: Problem, operands: list[Array]) -> list[Array]:
     """Attention as one differentiable operation: operands in operand form -> [out, lse]."""
-    out, highest, total = attention_p.bind(*operands, problem=problem)
+    out, highest, total = attention_p.bind(*vary_together(operands), problem=problem)
     return [out, log_sum_exp(highest, total)]
 
 
 attention_p, tangent_p, backward_p = (Primitive(f"attention{x}") for x in ("", "_tangent", "_backward"))
 for _primitive in (attention_p, tangent_p, backward_p):
     _primitive.multiple_results = True
+    tell_devices(_primitive)
 
 
-def _outputs(problem: Problem, rows: int) -> list[Any]:
+def _outputs(problem: Problem, rows: int, arguments: Sequence[Any]) -> list[Any]:
     """Shapes of out and of so many numbers per query."""
     out, row = problem.out_shapes()
-    return [ShapedArray(out, jnp.dtype(problem.dtype)), *[ShapedArray(row, problem.accumulate)] * rows]
+    return [
+        result_type(out, problem.dtype, arguments),
+        *[result_type(row, problem.accumulate, arguments)] * rows,
+    ]
 
 
-def _attention(*operands: Array, platform: str, exported: bool, problem: Problem) -> list[Array]:
-    kernel = choose(problem, list(operands), platform, "forward", exported=exported).kernel
-    return list(kernel.forward(problem, list(operands), platform))
+def _attention(*operands: Array, platform: str, exported: bool, divided: bool, problem: Problem) -> list[Array]:
+    def body(problem: Problem, shapes: Shapes) -> Any:
+        def run(*operands: Array) -> list[Array]:
+            kernel = choose(problem, list(operands), platform, "forward", exported=exported).kernel
+            return list(kernel.forward(problem, list(operands), platform))
+
+        return run
+
+    axes, made = [*problem.program.axes], ["th.", "th", "th"]
+    return _run(body, problem, operands, axes, _outputs(problem, 2, ()), made, divided)
 
 
 def _attention_jvp(primals: list, tangents: list, *, problem: Problem) -> Any:
     rows = Rows(*attention_p.bind(*primals, problem=problem))
-    zeros = [ad.Zero(a) for a in _outputs(problem, 2)]
+    zeros = [ad.Zero(a) for a in _outputs(problem, 2, [jax.typeof(x) for x in primals])]
     moved = tuple(i for i in problem.differentiable if type(tangents[i]) is not ad.Zero)
     if not moved:
         return list(rows), zeros
@@ -69,14 +82,25 @@ def _attention_batch(operands: list, dims: list, *, problem: Problem) -> Any:
     return attention_p.bind(*operands, problem=problem.with_batch(size)), [0, 0, 0]
 
 
-def _tangent(*args: Array, platform: str, exported: bool, problem: Problem, moved: tuple[int, ...]) -> list[Array]:
+def _tangent(
+    *args: Array, platform: str, exported: bool, divided: bool, problem: Problem, moved: tuple[int, ...]
+) -> list[Array]:
     """Operands, rows, and the tangents of the operands in `moved`."""
     count = problem.program.count
-    operands, rows, tangents = list(args[:count]), Rows(*args[count : count + 3]), list(args[count + 3 :])
-    kernel = choose(problem, operands, platform, "tangent", exported=exported).kernel
-    if choose(problem, operands, platform, "forward", exported=exported).kernel is not kernel:
-        rows = kernel.own_rows(problem, operands, rows)
-    return list(kernel.tangent(problem, operands, rows, moved, tangents))
+
+    def body(problem: Problem, shapes: Shapes) -> Any:
+        def run(*args: Array) -> list[Array]:
+            operands, rows, tangents = list(args[:count]), Rows(*args[count : count + 3]), list(args[count + 3 :])
+            kernel = choose(problem, operands, platform, "tangent", exported=exported).kernel
+            if choose(problem, operands, platform, "forward", exported=exported).kernel is not kernel:
+                rows = kernel.own_rows(problem, operands, rows)
+            return list(kernel.tangent(problem, operands, rows, moved, tangents))
+
+        return run
+
+    own = problem.program.axes
+    axes = [*own, "th.", "th", "th", *(own[i] for i in moved)]
+    return _run(body, problem, args, axes, _outputs(problem, 1, ()), ["th.", "th"], divided)
 
 
 def _tangent_jvp(primals: list, tangents: list, *, problem: Problem, moved: tuple[int, ...]) -> Any:
@@ -107,18 +131,30 @@ def _tangent_batch(args: list, dims: list, *, problem: Problem, moved: tuple[int
     return tangent_p.bind(*args, problem=problem.with_batch(size), moved=moved), [0, 0]
 
 
-def _backward(*args: Array, platform: str, exported: bool, problem: Problem, wanted: Wanted) -> list[Array]:
+def _backward(
+    *args: Array, platform: str, exported: bool, divided: bool, problem: Problem, wanted: Wanted
+) -> list[Array]:
     """Operands, rows, and the cotangents of out and lse; gives float32 (float64) gradients."""
     count = problem.program.count
-    operands = list(args[:count])
-    rows, cotangents = Rows(*args[count : count + 3]), args[count + 3 :]
-    made = {}
-    for choice, positions in shares(problem, operands, platform, exported=exported):
-        own = tuple((i, shape) for i, shape in wanted if i in positions)
-        if own:
-            gradients = choice.kernel.backward(problem, operands, rows, *cotangents, own)
-            made |= {i: x for (i, _), x in zip(own, gradients, strict=True)}
-    return [made[i].astype(problem.accumulate) for i, _ in wanted]
+    positions = [i for i, _ in wanted]
+
+    def body(problem: Problem, shapes: Shapes) -> Any:
+        def run(*args: Array) -> list[Array]:
+            operands, rows, cotangents = list(args[:count]), Rows(*args[count : count + 3]), args[count + 3 :]
+            made = {}
+            for choice, able in shares(problem, operands, platform, exported=exported):
+                own = tuple((i, shape) for i, shape in zip(positions, shapes, strict=True) if i in able)
+                if own:
+                    gradients = choice.kernel.backward(problem, operands, rows, *cotangents, own)
+                    made |= {i: x for (i, _), x in zip(own, gradients, strict=True)}
+            return [made[i].astype(problem.accumulate) for i in positions]
+
+        return run
+
+    own = problem.program.axes
+    made = [jax.ShapeDtypeStruct(shape, problem.accumulate) for _, shape in wanted]
+    axes = [*own, "th.", "th", "th", "th.", "th"]
+    return _run(body, problem, args, axes, made, [own[i] for i in positions], divided)
 
 
 def _backward_jvp(primals: list, tangents: list, *, problem: Problem, wanted: Wanted) -> Any:
@@ -151,6 +187,23 @@ def _backward_batch(args: list, dims: list, *, problem: Problem, wanted: Wanted)
     return backward_p.bind(*args, problem=problem.with_batch(size), wanted=wanted), [0] * len(wanted)
 
 
+def _run(
+    body: Any,
+    problem: Problem,
+    args: tuple[Array, ...],
+    axes: list[str],
+    made: list[Any],
+    made_axes: list[str],
+    divided: bool,
+) -> list[Array]:
+    """Runs a body: on each device its own share, where it is compiled for several."""
+    arguments = [Operand(a, tuple(x.shape), x.dtype) for a, x in zip(axes, args, strict=True)]
+    results = [Operand(a, tuple(x.shape), x.dtype) for a, x in zip(made_axes, made, strict=True)]
+    if not divided:
+        return body(problem, [r.shape for r in results])(*args)
+    return shared_out(body, problem, arguments, results)(*args)
+
+
 def _whole(args: list, first: int, size: int, count: int) -> list:
     """Rows and cotangents always have every batch axis."""
     args = list(args)
@@ -167,15 +220,15 @@ def _derivative(body: Any, primals: list, tangents: list) -> list[Array]:
         args = list(primals)
         for i, x in zip(moved, some, strict=True):
             args[i] = x
-        return body(*args, platform="", exported=False)
+        return body(*args, platform="", exported=False, divided=False)
 
     return list(push(moving, [primals[i] for i in moved], [tangents[i] for i in moved]))
 
 
 def _register() -> None:
-    outputs = lambda *args, problem: _outputs(problem, 2)
-    tangents = lambda *args, problem, moved: _outputs(problem, 1)
-    gradients = lambda *args, problem, wanted: [ShapedArray(s, problem.accumulate) for _, s in wanted]
+    outputs = lambda *args, problem: _outputs(problem, 2, args)
+    tangents = lambda *args, problem, moved: _outputs(problem, 1, args)
+    gradients = lambda *args, problem, wanted: [result_type(s, problem.accumulate, args) for _, s in wanted]
     register(attention_p, outputs, _attention, _attention_batch)
     register(tangent_p, tangents, _tangent, _tangent_batch)
     register(backward_p, gradients, _backward, _backward_batch)

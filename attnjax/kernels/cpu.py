@@ -163,7 +163,6 @@ class _Call:
         config = problem.config if isinstance(problem.config, Config) else Config()
         self.attributes = {
             "batch": np.array(sizes.batch, np.int64),
-            "mapped": np.int64(sizes.mapped),
             "scale": np.float64(program.scale),
             "dropout": np.float64(program.dropout),
             "sinks": np.int64(program.sinks),

@@ -82,7 +82,7 @@ class Problem {
     query_ = floats(type, {c.T, c.N, c.H}), key_ = floats(type, {c.S, c.K, c.H}),
     value_ = floats(type, {c.S, c.K, c.V});
     sinks_ = floats(wide_, {c.N});
-    seed_ = make(XLA_FFI_DataType_U32, batched({}), [&](const Sizes&) { return random_(); });
+    seeds_ = make(XLA_FFI_DataType_U32, batched({c.N}), [&](const Sizes&) { return random_(); });
     for (char step : c.mask) add_mask(step);
     for (char step : c.scores) add_score(step);
     add_kinds();
@@ -301,10 +301,7 @@ class Problem {
   }
 
   bool kept(int64_t b0, int64_t b1, int64_t n, int64_t t, int64_t s) const {
-    uint32_t row =
-        mix(static_cast<uint32_t>(seed_({b0, b1})) + static_cast<uint32_t>(b1) * 0x9E3779B1u);  // b0 is mapped
-    row = mix(row + static_cast<uint32_t>(n) * 0x85EBCA77u);
-    row = mix(row + static_cast<uint32_t>(t) * 0xC2B2AE3Du);
+    uint32_t row = mix(static_cast<uint32_t>(seeds_({b0, b1, n})) + static_cast<uint32_t>(t) * 0xC2B2AE3Du);
     return mix(row + static_cast<uint32_t>(s) * 0x27D4EB2Fu) >= std::nearbyint(c_.dropout * 4294967296.0);
   }
 
@@ -375,7 +372,7 @@ class Problem {
   std::vector<const Array*> operands() const {
     std::vector<const Array*> all = {&query_, &key_, &value_};
     if (c_.sinks) all.push_back(&sinks_);
-    if (c_.dropout > 0) all.push_back(&seed_);
+    if (c_.dropout > 0) all.push_back(&seeds_);
     for (const Array& array : masks_) all.push_back(&array);
     if (!c_.mask.empty()) all.push_back(&kinds_);
     for (const Array& array : scores_)
@@ -391,7 +388,6 @@ class Problem {
       caps.push_back(step == 'c' ? kCap : 0);
     }
     return {{"batch", list(c_.batch)},
-            {"mapped", scalar(int64_t{1})},
             {"scale", scalar(c_.scale)},
             {"dropout", scalar(c_.dropout)},
             {"sinks", scalar(int64_t{c_.sinks})},
@@ -435,7 +431,8 @@ class Problem {
   const Case& c_;
   Type type_, wide_;
   std::mt19937 random_;
-  Array query_, key_, value_, sinks_, seed_, kinds_, out_, given_out_, lse_, d_out_, d_lse_, d_query_, d_key_, d_value_;
+  Array query_, key_, value_, sinks_, seeds_, kinds_, out_, given_out_, lse_, d_out_, d_lse_, d_query_, d_key_,
+      d_value_;
   std::vector<int64_t> codes_;
   std::vector<Array> masks_, scores_, d_scores_;
 };

@@ -63,9 +63,8 @@ struct Call {
   bool wide;  // accumulate in float64
   double scale, dropout;
   Array query, key, value;
-  Array sinks;                        // [lanes, N], in the accumulation type; no data where there are none
-  const uint32_t* seeds = nullptr;    // by lane
-  const uint32_t* entries = nullptr;  // number of the batch entry for dropout, by lane
+  Array sinks;  // [lanes, N], in the accumulation type; no data where there are none
+  Array seeds;  // of dropout, by lane and query head
 
   int steps = 0, comparisons = 0, denses = 0, scores = 0;
   MaskStep mask[kMaxSteps];

@@ -263,8 +263,6 @@ class Reader {
     }
   }
 
-  std::vector<uint32_t>& numbers() { return numbers_.emplace_back(lanes_, 0); }
-
  private:
   ffi::RemainingArgs args_;
   ffi::RemainingRets rets_;
@@ -273,7 +271,6 @@ class Reader {
   Dimensions batch_;
   int64_t lanes_ = 1;
   std::deque<std::vector<int64_t>> offsets_;
-  std::deque<std::vector<uint32_t>> numbers_;
 };
 
 void read_mask(Reader& reader, Call& c) {
@@ -373,19 +370,9 @@ Call read_call(Reader& reader) {
     c.sinks = reader.array(sinks, "sinks", {c.heads}, false, c.wide ? Type::f64 : Type::f32);
   }
   if (c.dropout > 0) {
-    auto seed = reader.next("seed");
-    Reader::expect(seed, "seed", ffi::DataType::U32);
-    Array seeds = reader.array(seed, "seed", {}, false, Type::f32);
-    std::vector<uint32_t>&by_lane = reader.numbers(), &entries = reader.numbers();
-    const int64_t mapped = reader.value<int64_t>("mapped");
-    int64_t own = 1;
-    for (size_t i = static_cast<size_t>(std::max<int64_t>(mapped, 0)); i < reader.batch().size(); i++)
-      own *= reader.batch()[i];
-    for (int64_t b = 0; b < c.lanes; b++) {
-      by_lane[b] = static_cast<const uint32_t*>(seeds.data)[seeds.lanes[b]];
-      entries[b] = static_cast<uint32_t>(b % own);
-    }
-    c.seeds = by_lane.data(), c.entries = entries.data();
+    auto seeds = reader.next("seeds");
+    Reader::expect(seeds, "seeds", ffi::DataType::U32);
+    c.seeds = reader.array(seeds, "seeds", {c.heads}, false, Type::f32);
   }
   read_mask(reader, c);
   auto blocks = reader.list<int64_t>("blocks");

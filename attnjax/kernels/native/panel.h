@@ -62,11 +62,8 @@ struct Panel {
       for (int l = 0; l < L; l++) query_values[i][l] = values[t[l]];
     }
     if (c.dropout > 0) {
-      uint32_t batch = mix(c.seeds[lane] + c.entries[lane] * 0x9E3779B1u);
-      for (int l = 0; l < L; l++) {
-        uint32_t by_head = mix(batch + static_cast<uint32_t>(head[l]) * 0x85EBCA77u);
-        hash[l] = mix(by_head + static_cast<uint32_t>(t[l]) * 0xC2B2AE3Du);
-      }
+      const uint32_t* seeds = reinterpret_cast<const uint32_t*>(c.seeds.at(lane, 0));
+      for (int l = 0; l < L; l++) hash[l] = mix(seeds[head[l]] + static_cast<uint32_t>(t[l]) * 0xC2B2AE3Du);
     }
   }
 

@@ -1,0 +1,94 @@
+"""A program for test_sharding.py: attention divided over 8 simulated devices, and on one. Prints JSON lines."""
+
+import collections
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import attnjax as aj
+
+jax.config.update("jax_num_cpu_devices", 8)
+implementation = sys.argv[1]
+MESH = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+B, T, N, K, H = 4, 24, 8, 4, 8
+rng = np.random.default_rng(0)
+normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+q, k, v = normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H)
+bias, slopes, sinks = normal(N, T, T), normal(N), normal(N)
+ids = jnp.asarray(np.sort(rng.integers(0, 3, (B, T))), jnp.int32)
+BOTH, DATA, MODEL, NONE = P("data", None, "model"), P("data"), P("model"), P()
+attend = lambda q, k, v, **more: aj.attention(q, k, v, implementation=implementation, **more)
+
+
+def everything(q, k, v, bias, slopes, sinks, ids, seed=None):
+    mask, score = aj.Causal() & aj.Segments(ids), (aj.Bias(bias), aj.ALiBi(slopes))
+    dropout = None if seed is None else aj.Dropout(0.3, seed)
+    return attend(q, k, v, mask=mask, score=score, sinks=sinks, dropout=dropout, return_lse=True)
+
+
+def loss(*args):
+    out, lse = everything(*args)
+    return jnp.sin(out).sum() + jnp.sin(lse).sum()
+
+
+def product(*args):
+    """A derivative of the gradient."""
+    gradient = lambda q, bias: jax.grad(loss, argnums=(0, 3))(q, *args[1:3], bias, *args[4:])
+    return jax.jvp(gradient, (args[0], args[3]), (args[0], args[3]))[1]
+
+
+def by_hand(*args):
+    """The loss with `shard_map`: each device calls attention for its own share."""
+    specs = dict(in_specs=DIVIDED[:7], out_specs=(BOTH, BOTH))
+    out, lse = jax.shard_map(everything, mesh=MESH, **specs)(*args)
+    return jnp.sin(out).sum() + jnp.sin(lse).sum()
+
+
+FLOATS = tuple(range(6))
+ALL = (q, k, v, bias, slopes, sinks, ids, jnp.int32(3))
+DIVIDED = (BOTH, BOTH, BOTH, MODEL, MODEL, MODEL, DATA, NONE)
+SHARED = (DATA, DATA, DATA, NONE, NONE, NONE, DATA, NONE)
+gradient = jax.grad(loss, argnums=FLOATS)
+tangent = lambda q, k, v: jax.jvp(attend, (q, k, v), (2 * q, v, k))
+one_head = (k[:, :, :1], v[:, :, :1])
+two_heads = (k[:, :, :2], v[:, :, :2])
+by_head = aj.Where(lambda b, h, q, k: (q + h) % 3 != k % 3)
+
+CASES = {  # a function, its arguments, how they lie; and another function that gives the same on one device
+    "forward by batch": (everything, ALL, SHARED),
+    "forward by batch and head": (everything, ALL, DIVIDED),
+    "gradient by batch": (gradient, ALL, SHARED),
+    "gradient by batch and head": (gradient, ALL, DIVIDED),
+    "gradient with one key head": (gradient, (q, *one_head, *ALL[3:]), (BOTH, DATA, DATA, *DIVIDED[3:])),
+    "tangent": (tangent, (q, k, v), (BOTH,) * 3),
+    "second order": (product, ALL, SHARED),
+    "vmap": (jax.vmap(attend, in_axes=(0, None, None)), (q, k[0], v[0]), (DATA, NONE, NONE)),
+    "key heads that do not divide": (attend, (q, *two_heads), (BOTH, DATA, DATA)),
+    "function of heads": (lambda q, k, v: attend(q, k, v, mask=by_head), (q, k, v), (BOTH,) * 3),
+    "by position": (attend, (q, k, v), (P(None, "data"),) * 3),
+    "shard_map": (by_hand, ALL[:7], DIVIDED[:7], loss),
+    "shard_map gradient": (jax.grad(by_hand, argnums=FLOATS), ALL[:7], DIVIDED[:7], gradient),
+}
+MOVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[-\w]*\("
+
+
+def shares(array):
+    """Into how many different parts an array is cut."""
+    return len({str(shard.index) for shard in array.addressable_shards})
+
+
+for name, (function, arguments, specs, *same) in CASES.items():
+    want = jax.tree.leaves(jax.jit(*(same or [function]))(*arguments))
+    placed = [jax.device_put(x, NamedSharding(MESH, spec)) for x, spec in zip(arguments, specs, strict=True)]
+    compiled = jax.jit(function).lower(*placed).compile()
+    got = jax.tree.leaves(compiled(*placed))
+    differ = lambda a, b: float(jnp.abs(np.asarray(a) - b).max() / (1 + jnp.abs(b).max()))
+    error = max(differ(a, b) for a, b in zip(got, want, strict=True))
+    moves = collections.Counter(re.findall(MOVES, compiled.as_text()))
+    print(json.dumps({"name": name, "error": error, "moves": moves, "shares": [shares(x) for x in got]}))
