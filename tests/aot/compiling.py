@@ -57,8 +57,8 @@ class Facts:
 
 def prepare(dump: Path, schedule: bool = False) -> None:
     """Sets the variables that compilers read when they are first used. To be called before JAX is imported."""
-    flags = f"--xla_dump_to={dump} --xla_dump_emitter_re=ptx --xla_gpu_cuda_data_dir={_toolkit()}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_emitter_re=ptx"
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_cuda_data_dir={_toolkit()}" if _toolkit() else flags
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no cloud machine to be asked what it is
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
@@ -133,16 +133,13 @@ def _ending(code: int) -> str:
 
 
 def _toolkit() -> str:
-    """Where ptxas and libdevice are: a toolkit on PATH, else the wheels that `make test-aot` installs."""
-    found = shutil.which("nvcc") or shutil.which("ptxas")
-    if found:
-        return str(Path(found).resolve().parents[1])
-    wheels = sorted(Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cu1*"))
-    return str(wheels[-1]) if wheels else ""
+    """The folder of a CUDA toolkit that came as wheels (`make test-aot`), or "": then it is on PATH."""
+    wheels = sorted(Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cu*/nvvm"))
+    return "" if shutil.which("nvcc") or not wheels else str(wheels[-1].parent)
 
 
 def _ptxas() -> str:
-    return shutil.which("ptxas") or str(Path(_toolkit()) / "bin" / "ptxas")
+    return str(Path(_toolkit(), "bin", "ptxas")) if _toolkit() else "ptxas"
 
 
 _ENTRY = re.compile(r"(?:Compiling entry function|Function properties for) '?([\w$.]+)'?")
