@@ -18,9 +18,11 @@ import numpy as np
 
 from attnjax.core.program import Problem
 from attnjax.core.split import entry_of
+from attnjax.core.visits import block_kinds
 
 Array = jax.Array
 
+EMPTY, PARTIAL, FULL = range(3)  # kinds of tiles
 MOST_BLOCKS = 2**13  # of queries, or keys: what a number has room for
 
 
@@ -76,16 +78,6 @@ def steps(
         kinds, together = kinds.swapaxes(-1, -2), most.repeat(group, axis=1).swapaxes(-1, -2)
     listed = _known if isinstance(kinds, np.ndarray) else _traced
     return Steps(listed(kinds, (together > 0) | every, by_key), lanes)
-
-
-def block_kinds(problem: Problem, operands: list[Any], block_q: int, block_k: int) -> Any:
-    """The block map, int8 `[*batch or 1, N or 1, query blocks, key blocks]`; full blocks are whole ones."""
-    sizes = problem.sizes
-    kinds = problem.kinds(operands, block_q, block_k)
-    xp: Any = np if isinstance(kinds, np.ndarray) else jnp
-    whole_q = np.arange(kinds.shape[-2]) < sizes.query_length // block_q
-    whole_k = np.arange(kinds.shape[-1]) < sizes.key_length // block_k
-    return xp.minimum(kinds, np.where(whole_q[:, None] & whole_k, 2, 1).astype(np.int8))
 
 
 def _number(row: Any, column: Any, first: Any, last: Any, kind: Any, by_key: bool) -> Any:
