@@ -26,7 +26,7 @@ def attend(mask: Any, length: int, part: str) -> Any:
 
 
 PROGRAMS = [
-    Program(f"xla-{name}-{part}-{length}", functools.partial(attend, mask, length, part), EVERYWHERE, spills=True)
+    Program(f"xla-{name}-{part}-{length}", functools.partial(attend, mask, length, part), EVERYWHERE)
     for name, mask in MASKS.items()
     for part in ("forward", "gradient")
     for length in LENGTHS
