@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
+import numpy as np
+
+from attnjax.core.devices import gpus
 from attnjax.core.program import Problem
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -72,3 +76,209 @@ def _even(length: int, target: int) -> int:
 
 def _divisor(size: int, most: int) -> int:
     return max((d for d in range(1, min(size, most) + 1) if size % d == 0), default=1)
+
+
+LEAST = 16  # rows of a tile: what tensor cores multiply; fewer crash the compiler of jax 0.12
+_DECODED_ROWS = 64  # at most so many queries times heads of a group are one tile of a Triton kernel
+
+
+def power_of_two(size: int) -> int:
+    """The next power of 2, at least that of the smallest product of tensor cores."""
+    return max(LEAST, 1 << (size - 1).bit_length())
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What the sizes of a kernel depend on.
+
+    Attributes:
+      name: as JAX shows it.
+      capability: compute capability, (8, 0) for an A100.
+      shared: bytes of shared memory that a block of threads may ask for.
+      processors: its multiprocessors.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    shared: int
+    processors: int
+
+
+# CUDA programming guide, "Technical Specifications per Compute Capability"; multiprocessors of a common GPU of each.
+_LIMITS = {
+    (8, 0): (163, 108),
+    (8, 6): (99, 84),
+    (8, 7): (163, 16),
+    (8, 9): (99, 128),
+    (9, 0): (227, 132),
+    (10, 0): (227, 148),
+    (10, 3): (227, 148),
+    (12, 0): (99, 170),
+}
+
+
+def compiled_for() -> Gpu:
+    """The GPU that is compiled for, the smallest if there are several; where it is not known, the smallest there is."""
+    found = []
+    for name, number in gpus().items():
+        major, minor = map(int, (number or "0.0").split("."))
+        shared, processors = _LIMITS.get((major, minor), (99, 84))
+        found.append(Gpu(name, (major, minor), shared * 1024, processors))
+    return min(found, key=lambda gpu: gpu.shared, default=Gpu("an unknown GPU", (8, 0), 99 * 1024, 84))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """The sizes of a Triton kernel.
+
+    Attributes:
+      block_q, block_k: queries and keys of a tile.
+      warps: how many work on it; stages: so many tiles of the inner loop are in flight.
+      upright: whether, in the kernel of keys and values, queries lie along the rows of a tile.
+      note: what had to be made smaller than it was asked for or is usual, and why; or "".
+    """
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+    upright: bool = False
+    note: str = ""
+
+
+# Of half precision by kernel and head size, on Ampere, and on Hopper and later, whose tensor cores read shared memory:
+# the largest of those tried that the compiler gives registers for without spilling (tests/aot). The second of a pair is
+# for tiles with scores or dropout, which need more registers.
+_TRITON = {
+    "ampere": {
+        "forward": {
+            64: ((128, 64, 8, 3), (64, 64, 8, 3)),
+            128: ((128, 32, 8, 3), (64, 32, 8, 3)),
+            256: ((32, 32, 8, 2),) * 2,
+        },
+        "query": {
+            64: ((128, 64, 8, 2), (64, 64, 8, 2)),
+            128: ((64, 64, 8, 2),) * 2,
+            256: ((32, 64, 8, 2), (32, 32, 8, 2)),
+        },
+        "key": {64: ((64, 64, 8, 2), (32, 64, 8, 2)), 128: ((32, 64, 8, 2),) * 2, 256: ((32, 32, 8, 2),) * 2},
+    },
+    "hopper": {
+        "forward": {
+            64: ((128, 64, 8, 3), (64, 64, 8, 3)),
+            128: ((128, 64, 8, 3), (64, 64, 8, 3)),
+            256: ((64, 64, 8, 2), (64, 32, 8, 2)),
+        },
+        "query": {
+            64: ((128, 64, 8, 2), (64, 64, 8, 2)),
+            128: ((128, 64, 8, 2), (64, 64, 8, 2)),
+            256: ((64, 64, 8, 2), (64, 32, 8, 2)),
+        },
+        "key": {
+            64: ((64, 128, 8, 2), (32, 64, 8, 2)),
+            128: ((32, 128, 8, 2), (16, 64, 8, 2)),
+            256: ((16, 64, 8, 2), (16, 32, 8, 2)),
+        },
+    },
+}
+_EXACT = {  # float32, which is multiplied in three parts
+    "forward": {64: ((64, 32, 4, 2), (32, 32, 4, 2)), 128: ((32, 32, 8, 2),) * 2, 256: ((16, 32, 8, 1),) * 2},
+    "query": {64: ((32, 32, 4, 2),) * 2, 128: ((16, 32, 8, 1),) * 2, 256: ((16, 16, 8, 1),) * 2},
+    "key": {64: ((32, 32, 8, 2), (16, 32, 8, 2)), 128: ((16, 32, 8, 1),) * 2, 256: ((16, 16, 8, 1),) * 2},
+}
+_DECODING = (4, 3)  # warps and stages where queries are few
+
+
+def choose_tiling(problem: Problem, kernel: str, gpu: Gpu) -> Tiling:
+    """The sizes of a Triton kernel: "forward", "query", "key", "value" (without the key's gradient) or "pairs".
+
+    From the config where it says, else from the table; smaller where the problem is, where a block map that the user
+    gave must be cut evenly, and where the GPU has not enough shared memory.
+    """
+    tiling = _asked(problem, kernel, gpu)
+    sizes, map_q, map_k = problem.sizes, *(problem.blocks or (0, 0))
+    together = heads_together(problem) if kernel == "forward" else 1
+    block_q = power_of_two(sizes.query_length * together) if together > 1 else tiling.block_q
+    block_q = block_q if together > 1 else _fitting(block_q, sizes.query_length, map_q)
+    tiling = dataclasses.replace(tiling, block_q=block_q, block_k=_fitting(tiling.block_k, sizes.key_length, map_k))
+    first, needed = tiling, shared_bytes(problem, kernel, tiling)
+    while shared_bytes(problem, kernel, tiling) > gpu.shared and tiling.block_q + tiling.block_k > 2 * LEAST:
+        tiling = _smaller(tiling, first.stages)
+    if tiling == first:
+        return tiling
+    note = (
+        f"{first.block_q} x {first.block_k} in {first.stages} stages would need {needed // 1024} KiB of shared memory, "
+        f"{gpu.name} has {gpu.shared // 1024}"
+    )
+    return dataclasses.replace(tiling, note=note)
+
+
+def _smaller(tiling: Tiling, stages: int) -> Tiling:
+    """The next smaller one: fewer stages, then half of the longer side in all `stages` again."""
+    if tiling.stages > 1:
+        return dataclasses.replace(tiling, stages=tiling.stages - 1)
+    if tiling.block_q > tiling.block_k:
+        return dataclasses.replace(tiling, block_q=tiling.block_q // 2, stages=stages)
+    return dataclasses.replace(tiling, block_k=tiling.block_k // 2, stages=stages)
+
+
+def heads_together(problem: Problem) -> int:
+    """How many heads of a group share a tile of the forward: all where queries are few; keys are then loaded once."""
+    sizes, given = problem.sizes, problem.blocks
+    few = sizes.query_length * sizes.group <= _DECODED_ROWS and (given is None or given[0] >= sizes.query_length)
+    return sizes.group if few else 1
+
+
+def _asked(problem: Problem, kernel: str, gpu: Gpu) -> Tiling:
+    """What the config asks for, and what is usual where it does not."""
+    program, config, sizes = problem.program, problem.config, problem.sizes
+    family = "hopper" if (9, 0) <= gpu.capability < (12, 0) else "ampere"
+    table = _EXACT if problem.dtype == "float32" else _TRITON[family]
+    rich = bool(program.scores or program.dropout)
+    widest = max(64, power_of_two(max(problem.head_size, problem.value_size)))
+    part = {"value": "key", "pairs": "key"}.get(kernel, kernel)
+    usual = table[part][widest][rich]
+    if kernel == "forward" and sizes.query_length * sizes.group <= _DECODED_ROWS:
+        usual = (usual[0], min(usual[1], 64), *_DECODING)
+    prefix = "" if kernel == "forward" else "backward_"
+    asked = (getattr(config, prefix + name, None) for name in ("block_q", "block_k", "warps", "stages"))
+    chosen = [one or other for one, other in zip(asked, usual, strict=True)]
+    return Tiling(*chosen, upright=part == "key" and family == "ampere")
+
+
+def _fitting(block: int, length: int, given: int) -> int:
+    """The block, no longer than the length is, and a part of the `given` blocks if there are several."""
+    block = min(block, power_of_two(length))
+    return math.gcd(block, given) if 0 < given < length else block
+
+
+def shared_bytes(problem: Problem, kernel: str, tiling: Tiling) -> int:
+    """At most so much shared memory a Triton kernel needs: rows that stay, rows of the loop, what goes beside them.
+
+    Compared with what the compiler asks for (tests/aot).
+    """
+    exact = problem.dtype == "float32"
+    item = np.dtype(problem.dtype).itemsize
+    row = (power_of_two(problem.head_size) + power_of_two(problem.value_size)) * item
+    q, k = tiling.block_q, tiling.block_k
+    if kernel == "forward":
+        staying, moving = q * power_of_two(problem.head_size) * item, k * row
+    else:
+        staying, moving = (q, k) if kernel == "query" else (k, q)
+        staying, moving = staying * row, moving * (row + 8)
+    beside = 1024 + (q * k * item if tiling.upright or problem.program.scores else 0)
+    if exact:  # what is left after the first 11 bits stands there too
+        return 2 * staying + (tiling.stages + 1) * moving + 2 * beside
+    return staying + tiling.stages * moving + beside
+
+
+def key_splits(problem: Problem, tiling: Tiling, gpu: Gpu) -> int:
+    """How many programs share the keys of a block of queries: several where the GPU would be idle otherwise."""
+    asked = getattr(problem.config, "splits", None)
+    if asked:
+        return asked
+    sizes, together = problem.sizes, heads_together(problem)
+    rows = 1 if together > 1 else -(-sizes.query_length // tiling.block_q)
+    programs = math.prod(sizes.batch) * rows * (sizes.heads // together)
+    blocks = -(-sizes.key_length // tiling.block_k)
+    return max(1, min(2 * gpu.processors // max(programs, 1), blocks // 4))

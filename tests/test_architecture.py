@@ -15,14 +15,14 @@ PACKAGE = Path(attnjax.__file__).parent
 
 # Each file imports only from steps before its own. Files of one step do not import each other, but for bench.
 STEPS = [
-    {"core.functions", "core.dropout", "core.softmax", "positions", "profiling"},
+    {"core.devices", "core.functions", "core.dropout", "core.softmax", "positions", "profiling"},
     {"core.node"},
     {"core.checks"},
     {"core.tiles"},
     {"masks", "scores", "core.program", "core.sides", "core.residual"},
     {"core.blocks", "tuning", "core.split", "core.sharding"},
     {"core.visits", "core.view"},
-    {"core.steps"},
+    {"core.steps", "core.parts"},
     {"core.mosaic"},
     {"core.walk"},
     {"core.sweep"},

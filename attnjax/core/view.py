@@ -46,12 +46,12 @@ class View:
             logits = raw * (program.scale * LOG2E)
         self.logits = self._hidden(logits, -jnp.inf)
 
-    def seen(self, rows: Array) -> Array:
-        """Rows by key [k, *], 0 for keys that no query sees."""
+    def seen(self, rows: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Rows by key [k, *], in chunks, 0 for keys that no query sees."""
         return self._some(rows, self._query_axis)
 
-    def seeing(self, rows: Array) -> Array:
-        """Rows by query [q, *], 0 for queries that see no key."""
+    def seeing(self, rows: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Rows by query [q, *], in chunks, 0 for queries that see no key."""
         return self._some(rows, 1 - self._query_axis)
 
     def drop(self, weights: Array) -> Array:
@@ -66,11 +66,12 @@ class View:
     def _hidden(self, pairs: Array, value: float) -> Array:
         return pairs if self._visible is None else jnp.where(self._visible, pairs, value)
 
-    def _some(self, rows: Array, over: int) -> Array:
+    def _some(self, rows: tuple[Array, ...], over: int) -> tuple[Array, ...]:
         if self._visible is None:
             return rows
-        some = self._visible.astype(jnp.int32).max(over).reshape(rows.shape[0], 1)
+        some = self._visible.astype(jnp.int32).max(over).reshape(-1, 1)
         # On their bits: Triton moves what selects to where the product needs its operand, which fails for booleans.
-        bits = jnp.int16 if rows.dtype.itemsize == 2 else jnp.int32
-        kept = lax.bitcast_convert_type(rows, bits) & jnp.broadcast_to((-some).astype(bits), rows.shape)
-        return lax.bitcast_convert_type(kept, rows.dtype)
+        bits = jnp.int16 if rows[0].dtype.itemsize == 2 else jnp.int32
+        kept = (-some).astype(bits)
+        zeroed = lambda x: lax.bitcast_convert_type(x, bits) & jnp.broadcast_to(kept, x.shape)
+        return tuple(lax.bitcast_convert_type(zeroed(x), x.dtype) for x in rows)

@@ -1,6 +1,6 @@
 """`Visits`: a block map as lists, for kernels whose program has one row of blocks: which blocks it visits. No loops.
 
-`Lists` is what such a kernel loads of it.
+`Lists` and `Kinds` are what a kernel loads of it.
 """
 
 from __future__ import annotations
@@ -138,6 +138,24 @@ class Lists:
         else:
             partial, visited, first, first_full = (np.int32(x) for x in self._runs[0, 0, 0])
         return partial, visited, lambda place, masked: place + (first if masked else first_full - partial)
+
+
+class Kinds:
+    """A block map in the form that a kernel loads, whose programs own blocks of pairs; `kinds` is None for no mask."""
+
+    def __init__(self, kinds: Any, batch: tuple[int, ...]):
+        self._batch = batch
+        self.given: dict[str, Any] = {}
+        if kinds is not None:
+            self._lanes, shape = tuple(kinds.shape[:-3]), kinds.shape[-3:]
+            self._heads = shape[0] > 1
+            self.given = {"kinds": jnp.asarray(kinds.reshape(-1, *shape))}
+
+    def visited(self, refs: dict[str, Any], b: Any, h: Any, i: Any, j: Any) -> Any:
+        """Whether any pair of the block is seen; True where that is known."""
+        if not self.given:
+            return True
+        return refs["kinds"][entry_of(self._lanes, self._batch, b), h if self._heads else 0, i, j] > 0
 
 
 def _runs(counts: np.ndarray, blocks: np.ndarray) -> np.ndarray | None:

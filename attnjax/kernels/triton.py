@@ -22,20 +22,20 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from attnjax.core.parts import Chunks, Parts, Refs
 from attnjax.core.program import Problem
 from attnjax.core.residual import NotSplittable
-from attnjax.core.softmax import Rows, add_sinks, finite, inverse, log_sum_exp, merge_rows, row_delta, sink_gradient
-from attnjax.core.split import Split, entry_of, member_of, summed, widened
-from attnjax.core.view import LOG2E, View
-from attnjax.core.visits import Lists, block_kinds, visits
-from attnjax.tuning import Blocks
+from attnjax.core.softmax import Rows, add_sinks, finite, inverse, merge_rows, row_delta, sink_gradient
+from attnjax.core.split import Split, member_of, summed, widened
+from attnjax.core.view import LOG2E
+from attnjax.core.visits import Kinds, Lists
+from attnjax.tuning import LEAST, Blocks, Tiling, choose_tiling, compiled_for, heads_together, key_splits, power_of_two
 
 Array = jax.Array
-Refs = dict[str, Any]
 
 PARTS = ("forward", "backward")
 _MOST_SIZE = 256  # of heads: more does not fit into the registers of a block
-_LEAST = 16  # rows of a tile: what tensor cores multiply, and fewer crash the compiler of jax 0.12
+_MOST_TOGETHER = 128  # the same, of the gradients of key and value in one kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +82,6 @@ class Config:
 _BLOCKS = (16, 32, 64, 128, 256)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tiling:
-    """The sizes of one kernel, all known."""
-
-    block_q: int
-    block_k: int
-    warps: int = 4
-    stages: int = 2
-
-
 def unsupported(problem: Problem, operands: list[Any], platform: str, part: str) -> str | None:
     """A reason why this implementation cannot take a part of the problem, or `None`."""
     config = problem.config
@@ -103,17 +93,25 @@ def unsupported(problem: Problem, operands: list[Any], platform: str, part: str)
         return f"runs on NVIDIA GPUs only, not on {platform}; elsewhere with Config(interpret=True), to look at"
     if problem.dtype == "float64":
         return "takes float32, bfloat16 and float16, not float64"
-    if not 1 <= min(problem.head_size, problem.value_size) <= max(problem.head_size, problem.value_size) <= _MOST_SIZE:
-        return f"takes head sizes from 1 to {_MOST_SIZE}"
+    if max(problem.head_size, problem.value_size) > _MOST_SIZE:
+        return f"takes head sizes up to {_MOST_SIZE}"
+    gpu = compiled_for()
+    if platform == "cuda" and (0, 0) < gpu.capability < (8, 0):
+        return f"runs on Ampere and later (compute capability 8.0), not on {gpu.name}"
+    sizes, given = problem.sizes, problem.blocks or (LEAST, LEAST)
+    for block, length in zip(given, (sizes.query_length, sizes.key_length), strict=True):
+        if block < length and block % LEAST:
+            return f"block_map has blocks of {given[0]} x {given[1]}, its own are multiples of {LEAST}"
     return _unsupported_pieces(problem, operands)
 
 
 def _unsupported_pieces(problem: Problem, operands: list[Any]) -> str | None:
     try:
-        Split.described(problem, operands)
+        pieces = Split.described(problem, operands)
     except NotSplittable as reason:
         return f"cannot run this mask or score on its tiles: {reason}"
-    return None
+    bytes_ = (math.prod(x.shape) for x in pieces.arrays if np.dtype(x.dtype).itemsize == 1)
+    return "takes masks of at most 2^31 booleans" if max(bytes_, default=0) > 2**31 else None
 
 
 def gradients(problem: Problem, operands: list[Any]) -> tuple[int, ...]:
@@ -128,41 +126,30 @@ def gradients(problem: Problem, operands: list[Any]) -> tuple[int, ...]:
 
 def blocks(problem: Problem, platform: str) -> Blocks:
     """The tiles of the forward."""
-    tiling = _tiling(problem, "forward")
-    return Blocks(tiling.block_q, tiling.block_k, (1,) * len(problem.sizes.batch), 1)
+    tiling = choose_tiling(problem, "forward", compiled_for())
+    return Blocks(*(problem.blocks or (tiling.block_q, tiling.block_k)), (1,) * len(problem.sizes.batch), 1)
 
 
 def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
     """About how much memory each part needs beside its arguments and results."""
     rows = math.prod(problem.out_shapes()[1]) * problem.accumulate.itemsize
-    splits = _Decoding.of(problem).splits
+    gpu = compiled_for()
+    splits = key_splits(problem, choose_tiling(problem, "forward", gpu), gpu)
     return {"forward": rows * (problem.value_size + 2) * splits if splits > 1 else 0, "backward": 2 * rows}
 
 
-def _tiling(problem: Problem, part: str) -> _Tiling:
-    config = problem.config or Config()
-    prefix = "" if part == "forward" else "backward_"
-    q, k = getattr(config, prefix + "block_q") or 64, getattr(config, prefix + "block_k") or 64
-    return _Tiling(q, k, getattr(config, prefix + "warps") or 4, getattr(config, prefix + "stages") or 2)
+def settings(problem: Problem, platform: str) -> tuple[str, ...]:
+    """The sizes of every kernel, and what had to be made smaller than usual or asked for, for `explain`."""
+    gpu, lines = compiled_for(), []
+    for kernel in ("forward", "query", "key"):
+        tiling = choose_tiling(problem, kernel, gpu)
+        reason = f"; {tiling.note}" if tiling.note else ""
+        sizes = f"{tiling.block_q} x {tiling.block_k}, {tiling.warps} warps, {tiling.stages} stages"
+        lines.append(f"{_NAMES[kernel]}: {sizes}{reason}")
+    return tuple(lines)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Decoding:
-    """How the forward shares out few queries: heads of a group in one tile, and several programs for its keys."""
-
-    together: int = 1
-    splits: int = 1
-
-    @classmethod
-    def of(cls, problem: Problem) -> _Decoding:
-        sizes, config = problem.sizes, problem.config or Config()
-        rows = sizes.query_length * sizes.group
-        if rows > _DECODED_ROWS:
-            return cls(1, config.splits or 1)
-        return cls(sizes.group, config.splits or 1)
-
-
-_DECODED_ROWS = 64  # at most so many rows, queries times heads of a group, are one tile
+_NAMES = {"forward": "forward", "query": "gradient of query", "key": "gradients of key and value"}
 
 
 def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
@@ -176,13 +163,14 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
         )
         return rows if sinks is None else add_sinks(rows, sinks[..., None, :].astype(problem.accumulate))
     call = _Call(problem, operands, "forward")
-    splits = call.decoding.splits
+    splits = call.splits
     kept = problem.dtype if splits == 1 else problem.accumulate
     flat = lambda shape: (splits * call.entries, *shape[len(call.batch) :])
     results = {"out": jax.ShapeDtypeStruct(flat(out_shape), kept)}
     results |= {name: jax.ShapeDtypeStruct(flat(row_shape), problem.accumulate) for name in ("highest", "total")}
-    lists = call.lists("query")
-    programs = lists.rows * (call.sizes.heads // call.decoding.together) * call.entries * splits
+    block_q = call.tiling.block_q if call.together == 1 else problem.sizes.query_length
+    lists = call.lists(block_q, call.tiling.block_k, group=call.together)
+    programs = lists.rows * (call.sizes.heads // call.together) * call.entries * splits
     made = call.run("forward", lambda refs: _forward(call, lists, refs), programs, lists.given, results)
     if splits == 1:
         return Rows(made[0].reshape(out_shape), *(x.reshape(row_shape) for x in made[1:]))
@@ -213,180 +201,85 @@ def backward(
     scores = {i: shape for i, shape in shapes.items() if i in program.score_positions()}
     call = _Call(problem, widened(operands, scores, len(problem.sizes.batch)), "backward")
     call.take_rows(rows, delta, ct_out)
-    gradients = _Gradients(call, shapes, call.split.wanted(tuple(scores)))
-    made |= gradients.of_operands() | call.split.pulled(gradients.of_pieces(), tuple(scores))
+    of_operands, of_pieces = _gradients(call, shapes, call.split.wanted(tuple(scores)))
+    made |= of_operands | call.split.pulled(of_pieces, tuple(scores))
     return [made[i] for i, _ in wanted]
 
 
-class _Gradients:
-    """The kernels of the backward, each run where something of what it gives is wanted."""
-
-    def __init__(self, call: _Call, shapes: dict[int, tuple[int, ...]], wanted: tuple[int, ...]):
-        self.call, self.shapes = call, shapes
-        pieces = call.split.pieces
-        pairs = [n for n in wanted if pieces[n].queries and pieces[n].keys]
-        by_key = [n for n in wanted if pieces[n].keys and n not in pairs]
-        by_query = [n for n in wanted if n not in (*pairs, *by_key)]
-        sizes, problem, entries = call.sizes, call.problem, call.entries
-        queries = (entries, sizes.query_length, sizes.heads)
-        keys = (entries, sizes.key_length, sizes.key_heads)
-        self.made: dict[str, Array] = {}
-        first = {"d_query": (*queries, problem.head_size)} if 0 in shapes else {}
-        first |= {f"d_piece{n}": (entries, sizes.heads, sizes.query_length, 1) for n in by_query}
-        if first:
-            self._run("query", _backward_query, sizes.heads, first, by_query)
-        first = {"d_key": (*keys, problem.head_size)} if 1 in shapes else {}
-        first |= {"d_value": (*keys, problem.value_size)} if 2 in shapes else {}
-        first |= {f"d_piece{n}": (entries, sizes.heads, 1, sizes.key_length) for n in by_key}
-        if first:
-            self._run("key", _backward_key, sizes.key_heads, first, by_key)
-        for n in pairs:
-            self._run_pairs(n)
-
-    def _run(self, side: str, body: Any, heads: int, results: dict[str, tuple[int, ...]], wanted: list[int]) -> None:
-        call, lists = self.call, self.call.lists(side)
-        shapes = {name: jax.ShapeDtypeStruct(shape, call.problem.accumulate) for name, shape in results.items()}
-        programs = lists.rows * heads * call.entries
-        made = call.run(side, lambda refs: body(call, lists, refs, wanted), programs, lists.given, shapes)
-        self.made |= dict(zip(results, made, strict=True))
-
-    def _run_pairs(self, n: int) -> None:
-        call = self.call
-        shape = call.split.arrays[n].shape
-        kinds = _Kinds(call)
-        results = {f"d_piece{n}": jax.ShapeDtypeStruct(shape, call.problem.accumulate)}
-        programs = kinds.rows * kinds.columns * shape[0] * shape[1]
-        body = lambda refs: _backward_pairs(call, kinds, refs, n)
-        (self.made[f"d_piece{n}"],) = call.run("pairs", body, programs, kinds.given, results)
-
-    def of_operands(self) -> dict[int, Array]:
-        """Gradients of query, key and value."""
-        names = {0: "d_query", 1: "d_key", 2: "d_value"}
-        batch = self.call.batch
-        return {
-            i: summed(self.made[name].reshape(*batch, *self.made[name].shape[1:]), self.shapes[i])
-            for i, name in names.items()
-            if i in self.shapes
-        }
-
-    def of_pieces(self) -> dict[int, Array]:
-        """Gradients of pieces, by their numbers."""
-        return {int(name[7:]): x for name, x in self.made.items() if name.startswith("d_piece")}
+def _gradients(
+    call: _Call, shapes: dict[int, tuple[int, ...]], pieces: tuple[int, ...]
+) -> tuple[dict[int, Array], dict[int, Array]]:
+    """Gradients of those of query, key and value that are wanted, and of the pieces. A kernel of no use is not run."""
+    problem, sizes, entries, known = call.problem, call.sizes, call.entries, call.split.pieces
+    pairs = [n for n in pieces if known[n].queries and known[n].keys]
+    by_key = [n for n in pieces if known[n].keys and n not in pairs]
+    by_query = [n for n in pieces if n not in (*pairs, *by_key)]
+    queries, keys = (entries, sizes.query_length, sizes.heads), (entries, sizes.key_length, sizes.key_heads)
+    first = {0: (*queries, problem.head_size), 1: (*keys, problem.head_size), 2: (*keys, problem.value_size)}
+    by_row = (entries, sizes.heads, sizes.query_length, 1), (entries, sizes.heads, 1, sizes.key_length)
+    made: dict[str, Array] = {}
+    # Large heads leave no registers for the gradients of key and value at once: then two kernels give them.
+    both = power_of_two(max(problem.head_size, problem.value_size)) <= _MOST_TOGETHER
+    for side, body, heads, own, rest, shape in (
+        ("query", _backward_query, sizes.heads, (0,), by_query, by_row[0]),
+        ("key", _backward_key, sizes.key_heads, (1, 2) if both else (1,), by_key, by_row[1]),
+        ("value", _backward_key, sizes.key_heads, () if both else (2,), [], by_row[1]),
+    ):
+        results = {f"d_{i}": first[i] for i in own if i in shapes} | {f"d_piece{n}": shape for n in rest}
+        if results:
+            made |= _run(call, side, body, heads, results, rest)
+    for n in pairs:
+        made |= _run_pairs(call, n)
+    apart = lambda x: x.reshape(*call.batch, *x.shape[1:])
+    return (
+        {i: summed(apart(made[f"d_{i}"]), shapes[i]) for i in first if i in shapes},
+        {n: made[f"d_piece{n}"] for n in pieces},
+    )
 
 
-class _Call:
-    """A call's arrays with one batch axis, and how kernels load from them.
+def _run(
+    call: _Call, side: str, body: Any, heads: int, results: dict[str, tuple[int, ...]], pieces: list[int]
+) -> dict[str, Array]:
+    call.tiling = choose_tiling(call.problem, side, call.gpu)
+    lists = call.lists(call.tiling.block_q, call.tiling.block_k, by_key=side != "query")
+    shapes = {name: jax.ShapeDtypeStruct(shape, call.problem.accumulate) for name, shape in results.items()}
+    programs = lists.rows * heads * call.entries
+    made = call.run(side, lambda refs: body(call, lists, refs, pieces), programs, lists.given, shapes)
+    return dict(zip(results, made, strict=True))
+
+
+def _run_pairs(call: _Call, n: int) -> dict[str, Array]:
+    call.tiling = choose_tiling(call.problem, "pairs", call.gpu)
+    shape, block_q, block_k = call.split.arrays[n].shape, call.tiling.block_q, call.tiling.block_k
+    kinds = call.kinds(block_q, block_k)
+    results = {f"d_piece{n}": jax.ShapeDtypeStruct(shape, call.problem.accumulate)}
+    programs = -(-shape[2] // block_q) * -(-shape[3] // block_k) * shape[0] * shape[1]
+    body = lambda refs: _backward_pairs(call, kinds, refs, n)
+    return dict(zip(results, call.run("pairs", body, programs, kinds.given, results), strict=True))
+
+
+class _Call(Parts):
+    """A call: its arrays, the sizes of its tiles, and how it is run.
 
     Attributes:
-      given: the arrays that all kernels load from, by name.
-      tiling, decoding: the sizes of the tiles.
+      config: as the user gave it.
+      tiling: the sizes of the kernel that is made.
+      together, splits: so many heads share a tile of the forward, so many programs its keys.
     """
 
     def __init__(self, problem: Problem, operands: list[Array], part: str):
-        self.problem, self.sizes, self.batch = problem, problem.sizes, problem.sizes.batch
-        self.config = problem.config or Config()
-        self.entries = math.prod(self.batch)
-        self.split = Split(problem, operands)
-        self.tiling = _tiling(problem, part)
-        self.decoding = _Decoding.of(problem) if part == "forward" else _Decoding()
-        self.operands = operands
-        n = len(self.batch)
-        self._lanes = {name: tuple(x.shape[:n]) for name, x in zip(("query", "key", "value"), operands, strict=False)}
-        self.given: dict[str, Any] = {
-            name: x.reshape(-1, *x.shape[n:]) for name, x in zip(self._lanes, operands, strict=False)
-        }
-        self.given |= {f"piece{i}": jnp.asarray(x) for i, x in enumerate(self.split.arrays)}
-        self.head_size, self.value_size = _wide(problem.head_size), _wide(problem.value_size)
-
-    def take_rows(self, rows: Rows, delta: Array, ct_out: Array) -> None:
-        """What the backward starts from: weights are 2 ** (logit - highest).
-
-        With the log-sum-exp for `highest` they add up to 1 but for its rounding, which half precision does not show. In
-        float32 the cotangents are divided by the total instead.
-        """
-        if self.problem.dtype == "float32":
-            share = inverse(rows.total)
-            named = {"highest": finite(rows.highest) * LOG2E, "delta": delta * share, "share": share}
-        else:
-            named = {"highest": finite(log_sum_exp(rows.highest, rows.total)) * LOG2E, "delta": delta}
-        named["ct_out"] = ct_out.astype(self.problem.dtype)
-        n = len(self.batch)
-        self.given |= {name: x.reshape(self.entries, *x.shape[n:]) for name, x in named.items()}
+        super().__init__(problem, operands, _load, _store)
+        self.config, self.gpu = problem.config or Config(), compiled_for()
+        self.tiling = choose_tiling(problem, "forward", self.gpu)
+        self.together, self.splits = 1, 1
+        if part == "forward":
+            self.together, self.splits = heads_together(problem), key_splits(problem, self.tiling, self.gpu)
 
     def run(self, name: str, body: Callable[[Refs], None], programs: int, more: Refs, results: Refs) -> list[Array]:
         """Runs a kernel: so many programs, each of which is given all arrays by name."""
-        given = self.given | more
-        launch = _Launch(f"attnjax_{name}", body, programs, tuple(given), results, self.tiling, self.config.interpret)
-        return list(
-            launch(*given.values()) if self.config.interpret else _kernel_p.bind(*given.values(), launch=launch)
-        )
-
-    def rows(self, refs: Refs, name: str, b: Any, rows: Any, head: Any, size: int, limit: int | None) -> Array:
-        """Rows [r, size] of query, key, value or a cotangent of one head; `limit`: rows from there on give 0."""
-        ref = refs[name]
-        column = lax.broadcasted_iota(jnp.int32, (1, _wide(size)), 1)
-        inside = None if limit is None else rows < limit
-        if _wide(size) != size:
-            inside = column < size if inside is None else inside & (column < size)
-        lanes = self._lanes.get(name, self.batch)
-        return _load(ref, (entry_of(lanes, self.batch, b), rows, head, column), inside)
-
-    def store_rows(
-        self, refs: Refs, name: str, b: Any, rows: Array, head: Any, value: Array, size: int, inside: Array
-    ) -> None:
-        """Stores rows [r, size] where they are `inside`."""
-        column = lax.broadcasted_iota(jnp.int32, (1, value.shape[1]), 1)
-        inside = inside if value.shape[1] == size else inside & (column < size)
-        _store(refs[name], (b, rows, head, column), value, inside)
-
-    def cotangents(self, refs: Refs, b: Any, rows: Array, head: Any, limit: int | None) -> Array:
-        """Rows of the cotangent of the output, times `share` where there is one."""
-        found = self.rows(refs, "ct_out", b, rows, head, self.problem.value_size, limit)
-        return found * self.row_values(refs, "share", b, rows, head) if "share" in refs else found
-
-    def row_values(self, refs: Refs, name: str, b: Any, q: Array, h: Any) -> Array:
-        """One number for each query, in the shape of q."""
-        return _load(refs[name], (b, q, h), q < self.sizes.query_length)
-
-    def lists(self, side: str) -> Lists:
-        """What each block of queries, or of keys, visits."""
-        sizes, together = self.sizes, self.decoding.together
-        block_q = self.tiling.block_q if together == 1 else sizes.query_length
-        by_key = side == "key"
-        found = visits(self.problem, self.operands, block_q, self.tiling.block_k, by_key=by_key, group=together)
-        return Lists(found, self.batch)
-
-    def view(
-        self, refs: Refs, at: tuple[Any, Any], q: Array, k: Array, raw: Array, masked: bool, known: dict[int, Array]
-    ) -> View:
-        """A tile; the pieces of the mask are loaded only where it is needed, those that are `known` are loaded."""
-        needed = [
-            n for n in range(len(self.split.pieces)) if n not in known and (masked or n not in self.split.of_mask)
-        ]
-        loaded = known | {n: self.piece(refs, n, *at, q, k) for n in needed}
-        values = [loaded.get(n) for n in range(len(self.split.pieces))]
-        return View(self.split, at, q, k, values, raw, masked)
-
-    def piece(self, refs: Refs, n: int, b: Any, h: Any, q: Array, k: Array) -> Array:
-        """A piece at these pairs."""
-        piece, sizes, ref = self.split.pieces[n], self.sizes, refs[f"piece{n}"]
-        entry, head = piece.entry(self.batch, b), h if piece.heads else 0
-        in_q, in_k = q < sizes.query_length, k < sizes.key_length
-        if piece.by_distance:
-            return _load(ref, (entry, head, 0, k - q + (sizes.query_length - 1)), in_q & in_k)
-        inside = in_q if piece.queries else None
-        inside = inside if not piece.keys else in_k if inside is None else inside & in_k
-        return _load(ref, (entry, head, q if piece.queries else 0, k if piece.keys else 0), inside)
-
-    def before(self, refs: Refs, b: Any, h: Any, q: Array | None, k: Array | None) -> dict[int, Array]:
-        """The pieces that only depend on what is known before a loop: on q, or on k, or on neither."""
-        some = jnp.zeros((1, 1), jnp.int32)
-        q, k, has_q, has_k = some if q is None else q, some if k is None else k, q is not None, k is not None
-        return {
-            n: self.piece(refs, n, b, h, q, k)
-            for n, piece in enumerate(self.split.pieces)
-            if not piece.by_distance and (has_q or not piece.queries) and (has_k or not piece.keys)
-        }
+        given, interpret = self.given | more, self.config.interpret
+        launch = _Launch(f"attnjax_{name}", body, programs, tuple(given), results, self.tiling, interpret)
+        return list(launch(*given.values()) if interpret else _kernel_p.bind(*given.values(), launch=launch))
 
     def dot(self, x: Array, y: Array, across: tuple[int, int]) -> Array:
         """The product over these axes, in float32."""
@@ -397,13 +290,27 @@ class _Call:
         dimensions = (((across[0],), (across[1],)), ((), ()))
         return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
+    def inner(self, x: Chunks, y: Chunks) -> Array:
+        """Every row of x times every row of y: [rows of x, rows of y]."""
+        made = self.dot(x[0], y[0], (1, 1))
+        for one, other in zip(x[1:], y[1:], strict=True):
+            made = made + self.dot(one, other, (1, 1))
+        return made
 
-def _wide(size: int) -> int:
-    """The next power of 2, at least that of the smallest product."""
-    return max(_LEAST, 1 << (size - 1).bit_length())
+    def add(self, chunks: Chunks, pairs: Array, rows: Chunks, over: int = 1) -> Chunks:
+        """Adds the sums of rows, weighted by pairs, over this axis of the pairs."""
+        weights = pairs.astype(rows[0].dtype)
+        return tuple(x + self.dot(weights, y, (over, 0)) for x, y in zip(chunks, rows, strict=True))
+
+    def held(self, load: Callable[[], Chunks]) -> Callable[[], Chunks]:
+        """What is loaded once for a loop; chunks are loaded anew for every tile, because registers cannot hold them."""
+        if self.chunked:
+            return load
+        found = load()
+        return lambda: found
 
 
-def _load(ref: Any, index: tuple[Any, ...], inside: Array | None) -> Array:
+def _load(ref: Any, index: tuple[Any, ...], inside: Any) -> Array:
     """Loads single elements at index arrays that broadcast together; 0 where they are not `inside`."""
     from jax.experimental.pallas import triton as plt
 
@@ -413,8 +320,7 @@ def _load(ref: Any, index: tuple[Any, ...], inside: Array | None) -> Array:
         return jnp.full(shape, ref[index])
     if inside is None:
         return plt.load(ref.at[index])
-    other = jnp.zeros((), ref.dtype)
-    return plt.load(ref.at[index], mask=jnp.broadcast_to(inside, shape), other=other)
+    return plt.load(ref.at[index], mask=jnp.broadcast_to(inside, shape), other=jnp.zeros((), ref.dtype))
 
 
 def _store(ref: Any, index: tuple[Any, ...], value: Array, inside: Array) -> None:
@@ -425,35 +331,14 @@ def _store(ref: Any, index: tuple[Any, ...], value: Array, inside: Array) -> Non
     plt.store(ref.at[index], value.astype(ref.dtype), mask=jnp.broadcast_to(inside, value.shape))
 
 
-class _Kinds:
-    """The block map, for programs that own a block of pairs."""
-
-    def __init__(self, call: _Call):
-        self._batch, tiling = call.batch, call.tiling
-        self.rows = -(-call.sizes.query_length // tiling.block_q)
-        self.columns = -(-call.sizes.key_length // tiling.block_k)
-        self.given: dict[str, Any] = {}
-        if call.problem.program.mask:
-            kinds = block_kinds(call.problem, call.operands, tiling.block_q, tiling.block_k)
-            self._lanes, shape = tuple(kinds.shape[:-3]), kinds.shape[-3:]
-            self._heads = shape[0] > 1
-            self.given = {"kinds": jnp.asarray(kinds.reshape(-1, *shape))}
-
-    def visited(self, refs: Refs, b: Any, h: Any, i: Any, j: Any) -> Any:
-        """Whether any pair of the block is seen."""
-        if not self.given:
-            return True
-        return refs["kinds"][entry_of(self._lanes, self._batch, b), h if self._heads else 0, i, j] > 0
-
-
 def _forward(call: _Call, lists: Lists, refs: Refs) -> None:
     """Attention of a block of queries: all of their keys, or a part of them."""
-    sizes, tiling, splits = call.sizes, call.tiling, call.decoding.splits
-    split, row, group, b = _place(splits, lists.rows, sizes.heads // call.decoding.together)
+    sizes, tiling, splits = call.sizes, call.tiling, call.splits
+    split, row, group, b = _place(splits, lists.rows, sizes.heads // call.together)
     q, h = _query_rows(call, row, group)
-    kv = group if call.decoding.together > 1 else lax.div(h, np.int32(sizes.group))
-    whole = sizes.query_length % tiling.block_q == 0 and call.decoding.together == 1
-    query = call.rows(refs, "query", b, q, h, call.problem.head_size, None if whole else sizes.query_length)
+    kv = group if call.together > 1 else lax.div(h, np.int32(sizes.group))
+    whole = sizes.query_length % tiling.block_q == 0 and call.together == 1
+    query = call.held(lambda: call.rows(refs, "query", b, q, h, None if whole else sizes.query_length))
     known = call.before(refs, b, h, q, None)
     partial, visited, block_of = lists.of(refs, b, group, row)
     share = lax.div(visited + np.int32(splits - 1), np.int32(splits))
@@ -463,21 +348,17 @@ def _forward(call: _Call, lists: Lists, refs: Refs) -> None:
         out, highest, total = state
         start, end = block_of(place, masked) * tiling.block_k, sizes.key_length if masked else None
         k, columns = _both(start, tiling.block_k)
-        key = call.rows(refs, "key", b, columns, kv, call.problem.head_size, end)
-        view = call.view(refs, (b, h), q, k, call.dot(query, key, (1, 1)), masked, known)
+        key = call.rows(refs, "key", b, columns, kv, end)
+        view = call.view(refs, (b, h), q, k, call.inner(query(), key), masked, known)
         new = jnp.maximum(highest, view.logits.max(1, keepdims=True))
         safe = finite(new)
         shrink, weights = jnp.exp2(highest - safe), jnp.exp2(view.logits - safe)
-        value = view.seen(call.rows(refs, "value", b, columns, kv, call.problem.value_size, end))
-        product = call.dot(view.drop(weights).astype(value.dtype), value, (1, 0))
-        return out * shrink + product, new, total * shrink + weights.sum(1, keepdims=True)
+        value = view.seen(call.rows(refs, "value", b, columns, kv, end))
+        out = call.add(tuple(x * shrink for x in out), view.drop(weights), value)
+        return out, new, total * shrink + weights.sum(1, keepdims=True)
 
-    rows = q.shape[0]
-    state = (
-        jnp.zeros((rows, call.value_size), jnp.float32),
-        jnp.full((rows, 1), -jnp.inf, jnp.float32),
-        jnp.zeros((rows, 1), jnp.float32),
-    )
+    zeros = jnp.zeros(q.shape, jnp.float32)
+    state = (call.zeros("value", q.shape[0]), jnp.full(q.shape, -jnp.inf, jnp.float32), zeros)
     state = _loops(lists, first, partial, last, step, state)
     _finish(call, refs, split * call.entries + b, b, q, h, state)
 
@@ -485,32 +366,30 @@ def _forward(call: _Call, lists: Lists, refs: Refs) -> None:
 def _finish(call: _Call, refs: Refs, at: Any, b: Any, q: Array, h: Any, state: Any) -> None:
     """Writes the rows of a block. `highest` leaves the units of log 2, and `total` goes with what it is rounded to."""
     out, highest, total = state
-    if call.split.sinks is not None and call.decoding.splits == 1:
+    if call.split.sinks is not None and call.splits == 1:
         sink = call.piece(refs, call.split.sinks, b, h, q, q).astype(jnp.float32) * LOG2E
         most = jnp.maximum(highest, sink)
         shrink = jnp.exp2(highest - finite(most))
-        out, highest, total = out * shrink, most, total * shrink + jnp.exp2(sink - finite(most))
+        total, highest = total * shrink + jnp.exp2(sink - finite(most)), most
+        out = tuple(x * shrink for x in out)
     natural = highest * math.log(2)
     rounded = jnp.where(highest == -jnp.inf, 0.0, highest - finite(natural) * LOG2E)
-    if call.decoding.splits == 1:
-        out = out * inverse(total)
-    else:
-        out = out * jnp.exp2(rounded)
+    factor = inverse(total) if call.splits == 1 else jnp.exp2(rounded)
     inside = q < call.sizes.query_length
-    call.store_rows(refs, "out", at, q, h, out, call.problem.value_size, inside)
+    call.store_rows(refs["out"], at, q, h, tuple(x * factor for x in out), inside)
     _store(refs["highest"], (at, q, h), natural, inside)
     _store(refs["total"], (at, q, h), total * jnp.exp2(rounded), inside)
 
 
 def _backward_query(call: _Call, lists: Lists, refs: Refs, wanted: list[int]) -> None:
     """Gradients of a block of queries, and of pieces by query."""
-    problem, sizes, tiling = call.problem, call.sizes, call.tiling
+    sizes, tiling = call.sizes, call.tiling
     row, h, b = _place(lists.rows, sizes.heads)
     _, q = _both(row * tiling.block_q, tiling.block_q)
     kv = lax.div(h, np.int32(sizes.group))
     limit = None if sizes.query_length % tiling.block_q == 0 else sizes.query_length
-    query = call.rows(refs, "query", b, q, h, problem.head_size, limit)
-    ct_out = call.cotangents(refs, b, q, h, limit)
+    query = call.held(lambda: call.rows(refs, "query", b, q, h, limit))
+    ct_out = call.held(lambda: call.cotangents(refs, b, q, h, limit))
     highest, delta = (call.row_values(refs, name, b, q, h) for name in ("highest", "delta"))
     known = call.before(refs, b, h, q, None)
     known |= {n: jnp.broadcast_to(known[n], q.shape) for n in wanted}
@@ -520,57 +399,57 @@ def _backward_query(call: _Call, lists: Lists, refs: Refs, wanted: list[int]) ->
         d_query, d_pieces = state
         start, end = block_of(place, masked) * tiling.block_k, sizes.key_length if masked else None
         k, columns = _both(start, tiling.block_k)
-        key = call.rows(refs, "key", b, columns, kv, problem.head_size, end)
-        value = call.rows(refs, "value", b, columns, kv, problem.value_size, end)
-        view = call.view(refs, (b, h), q, k, call.dot(query, key, (1, 1)), masked, known)
+        key = call.rows(refs, "key", b, columns, kv, end)
+        value = call.rows(refs, "value", b, columns, kv, end)
+        view = call.view(refs, (b, h), q, k, call.inner(query(), key), masked, known)
         weights = jnp.exp2(view.logits - highest)
-        d_weights = view.drop(call.dot(ct_out, value, (1, 1)))
+        d_weights = view.drop(call.inner(ct_out(), value))
         d_raw, more = view.pulled(weights * (d_weights - delta), wanted)
-        if d_query is not None:
-            d_query = d_query + call.dot(d_raw.astype(key.dtype), view.seen(key), (1, 0))
+        if d_query:
+            d_query = call.add(d_query, d_raw, view.seen(key))
         return d_query, tuple(d + one.astype(jnp.float32) for d, one in zip(d_pieces, more, strict=True))
 
-    zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
-    state = (
-        zeros(tiling.block_q, call.head_size) if "d_query" in refs else None,
-        tuple(zeros(tiling.block_q, 1) for _ in wanted),
-    )
+    d_pieces = tuple(jnp.zeros(q.shape, jnp.float32) for _ in wanted)
+    state = (call.zeros("query", tiling.block_q) if "d_0" in refs else (), d_pieces)
     d_query, d_pieces = _loops(lists, np.int32(0), partial, visited, step, state)
     inside = q < sizes.query_length
-    if d_query is not None:
-        call.store_rows(refs, "d_query", b, q, h, d_query * problem.program.scale, problem.head_size, inside)
+    if d_query:
+        call.store_rows(refs["d_0"], b, q, h, tuple(x * call.problem.program.scale for x in d_query), inside)
     for n, d in zip(wanted, d_pieces, strict=True):
         _store(refs[f"d_piece{n}"], (b, h, q, 0), d, inside)
 
 
 def _backward_key(call: _Call, lists: Lists, refs: Refs, wanted: list[int]) -> None:
     """Gradients of a block of keys and values, over all heads of their group, and of pieces by key."""
-    problem, sizes, tiling = call.problem, call.sizes, call.tiling
+    sizes, tiling = call.sizes, call.tiling
     row, kv, b = _place(lists.rows, sizes.key_heads)
-    _, k = _both(row * tiling.block_k, tiling.block_k)
-    inside = k < sizes.key_length
+    across, columns = _both(row * tiling.block_k, tiling.block_k)
+    k = across if tiling.upright else columns
     limit = None if sizes.key_length % tiling.block_k == 0 else sizes.key_length
-    key = call.rows(refs, "key", b, k, kv, problem.head_size, limit)
-    value = call.rows(refs, "value", b, k, kv, problem.value_size, limit)
+    key = call.held(lambda: call.rows(refs, "key", b, columns, kv, limit))
+    value = call.held(lambda: call.rows(refs, "value", b, columns, kv, limit))
+    product = lambda x, y: call.inner(x, y) if tiling.upright else call.inner(y, x)
+    over = 0 if tiling.upright else 1
 
     def step(masked: bool, place: Any, state: Any, block_of: Any, h: Any, known: Any) -> Any:
         d_key, d_value, d_pieces = state
         start, end = block_of(place, masked) * tiling.block_q, sizes.query_length if masked else None
-        q, rows = _both(start, tiling.block_q)
-        query = call.rows(refs, "query", b, rows, h, problem.head_size, end)
-        view = call.view(refs, (b, h), q, k, call.dot(key, query, (1, 1)), masked, known)
+        across, rows = _both(start, tiling.block_q)
+        q = rows if tiling.upright else across
+        query = call.rows(refs, "query", b, rows, h, end)
+        view = call.view(refs, (b, h), q, k, product(query, key()), masked, known)
         highest, delta = (call.row_values(refs, name, b, q, h) for name in ("highest", "delta"))
         weights = jnp.exp2(view.logits - highest)
         ct_out = view.seeing(call.cotangents(refs, b, rows, h, end))
-        if d_value is not None:
-            d_value = d_value + call.dot(view.drop(weights).astype(ct_out.dtype), ct_out, (1, 0))
-        d_weights = view.drop(call.dot(value, ct_out, (1, 1)))
-        d_raw, more = view.pulled(weights * (d_weights - delta), wanted)
-        if d_key is not None:
-            d_key = d_key + call.dot(d_raw.astype(query.dtype), view.seeing(query), (1, 0))
-        return d_key, d_value, tuple(d + one.astype(jnp.float32) for d, one in zip(d_pieces, more, strict=True))
-
-    zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+        if d_value:
+            d_value = call.add(d_value, view.drop(weights), ct_out, over)
+        if d_key or wanted:
+            d_weights = view.drop(product(ct_out, value()))
+            d_raw, more = view.pulled(weights * (d_weights - delta), wanted)
+            d_pieces = tuple(d + one.astype(jnp.float32) for d, one in zip(d_pieces, more, strict=True))
+            if d_key:
+                d_key = call.add(d_key, d_raw, view.seeing(query), over)
+        return d_key, d_value, d_pieces
 
     def head(n: Any, state: Any) -> Any:
         h = kv * np.int32(sizes.group) + n
@@ -578,44 +457,42 @@ def _backward_key(call: _Call, lists: Lists, refs: Refs, wanted: list[int]) -> N
         known |= {n: jnp.broadcast_to(known[n], k.shape) for n in wanted}
         partial, visited, block_of = lists.of(refs, b, h, row)
         one = functools.partial(step, block_of=block_of, h=h, known=known)
-        state = (*state, tuple(zeros(tiling.block_k, 1) for _ in wanted))
+        state = (*state, tuple(jnp.zeros(k.shape, jnp.float32) for _ in wanted))
         *state, d_pieces = _loops(lists, np.int32(0), partial, visited, one, state)
         for n, d in zip(wanted, d_pieces, strict=True):
-            _store(refs[f"d_piece{n}"], (b, h, 0, k), d, inside)
+            _store(refs[f"d_piece{n}"], (b, h, 0, k), d, k < sizes.key_length)
         return tuple(state)
 
-    state = tuple(
-        zeros(tiling.block_k, size) if name in refs else None
-        for name, size in (("d_key", call.head_size), ("d_value", call.value_size))
-    )
-    one_head = sizes.group == 1
-    d_key, d_value = (
-        head(np.int32(0), state) if one_head else lax.fori_loop(np.int32(0), np.int32(sizes.group), head, state)
-    )
-    if d_key is not None:
-        call.store_rows(refs, "d_key", b, k, kv, d_key * problem.program.scale, problem.head_size, inside)
-    if d_value is not None:
-        call.store_rows(refs, "d_value", b, k, kv, d_value, problem.value_size, inside)
+    names = (("d_1", "key"), ("d_2", "value"))
+    state = tuple(call.zeros(name, tiling.block_k) if d_name in refs else () for d_name, name in names)
+    heads = np.int32(sizes.group)
+    d_key, d_value = lax.fori_loop(np.int32(0), heads, head, state) if sizes.group > 1 else head(heads - 1, state)
+    inside = columns < sizes.key_length
+    if d_key:
+        call.store_rows(refs["d_1"], b, columns, kv, tuple(x * call.problem.program.scale for x in d_key), inside)
+    if d_value:
+        call.store_rows(refs["d_2"], b, columns, kv, d_value, inside)
 
 
-def _backward_pairs(call: _Call, kinds: _Kinds, refs: Refs, n: int) -> None:
+def _backward_pairs(call: _Call, kinds: Kinds, refs: Refs, n: int) -> None:
     """The gradient of a piece by query and key at a block of pairs, over all batch entries and heads that share it."""
-    problem, sizes, tiling, piece = call.problem, call.sizes, call.tiling, call.split.pieces[n]
+    sizes, tiling, piece = call.sizes, call.tiling, call.split.pieces[n]
     entries, heads = call.split.arrays[n].shape[:2]
-    j, i, own_head, entry = _place(kinds.columns, kinds.rows, heads)
+    down, across = -(-sizes.query_length // tiling.block_q), -(-sizes.key_length // tiling.block_k)
+    j, i, own_head, entry = _place(across, down, heads)
     k, columns = _both(j * tiling.block_k, tiling.block_k)
     _, q = _both(i * tiling.block_q, tiling.block_q)
     shared = np.int32(1 if piece.heads else sizes.heads)
 
     def visit(b: Any, h: Any, gradient: Array) -> Array:
         kv = lax.div(h, np.int32(sizes.group))
-        query = call.rows(refs, "query", b, q, h, problem.head_size, sizes.query_length)
-        key = call.rows(refs, "key", b, columns, kv, problem.head_size, sizes.key_length)
-        view = call.view(refs, (b, h), q, k, call.dot(query, key, (1, 1)), True, {})
+        query = call.rows(refs, "query", b, q, h, sizes.query_length)
+        key = call.rows(refs, "key", b, columns, kv, sizes.key_length)
+        view = call.view(refs, (b, h), q, k, call.inner(query, key), True, {})
         highest, delta = (call.row_values(refs, name, b, q, h) for name in ("highest", "delta"))
         ct_out = call.cotangents(refs, b, q, h, sizes.query_length)
-        value = call.rows(refs, "value", b, columns, kv, problem.value_size, sizes.key_length)
-        d_weights = view.drop(call.dot(ct_out, value, (1, 1)))
+        value = call.rows(refs, "value", b, columns, kv, sizes.key_length)
+        d_weights = view.drop(call.inner(ct_out, value))
         weights = jnp.exp2(view.logits - highest)
         _, (more,) = view.pulled(weights * (d_weights - delta), [n])
         return gradient + more.astype(jnp.float32)
@@ -653,10 +530,10 @@ def _both(start: Any, size: int) -> tuple[Array, Array]:
 
 def _query_rows(call: _Call, row: Any, group: Any) -> tuple[Array, Any]:
     """Queries and heads of the rows of a tile of the forward."""
-    sizes, together = call.sizes, call.decoding.together
+    sizes, together = call.sizes, call.together
     if together == 1:
         return _both(row * call.tiling.block_q, call.tiling.block_q)[1], group
-    number = lax.broadcasted_iota(jnp.int32, (_wide(sizes.query_length * together), 1), 0)
+    number = lax.broadcasted_iota(jnp.int32, (power_of_two(sizes.query_length * together), 1), 0)
     return lax.div(number, np.int32(together)), group * np.int32(together) + lax.rem(number, np.int32(together))
 
 
@@ -678,7 +555,7 @@ class _Launch:
     programs: int
     given: tuple[str, ...]
     results: Refs
-    tiling: _Tiling
+    tiling: Tiling
     interpret: bool
 
     def __call__(self, *arrays: Array) -> list[Array]:
