@@ -19,12 +19,12 @@ from attnjax.core.node import describe, is_array
 from attnjax.core.program import Problem, Program
 from attnjax.core.tiles import Sizes, operand_form
 from attnjax.core.transforms import attend
-from attnjax.kernels import cpu, mosaic_tpu, triton, xla
+from attnjax.kernels import cpu, mosaic_gpu, mosaic_tpu, triton, xla
 from attnjax.masks import Causal, Lengths, Mask, Window, as_mask
 from attnjax.scores import Bias, Scale, Score, as_scores
 
 Array = jax.Array
-Implementation = Literal["reference", "xla", "cpu", "cudnn", "triton", "mosaic_tpu"]
+Implementation = Literal["reference", "xla", "cpu", "cudnn", "triton", "mosaic_gpu", "mosaic_tpu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +102,9 @@ def attention(
       scale: factor of the logits; default 1 / sqrt(H).
       sinks: `[N]`, one more logit per head that takes part in the softmax but has no value.
       dropout: `Dropout(rate, seed)`.
-      implementation: "cpu", "cudnn", "triton", "mosaic_tpu", "xla" or "reference"; default: the best that can. A named
-        one runs or raises.
-      config: how the implementation runs, `attnjax.kernels.xla.Config(...)` or `attnjax.kernels.cpu.Config(...)`.
+      implementation: "cpu", "cudnn", "triton", "mosaic_gpu", "mosaic_tpu", "xla" or "reference"; default: the best that
+        can. A named one runs or raises.
+      config: how the implementation runs, such as `attnjax.kernels.xla.Config(...)`.
       block_map: a `BlockMap` of the mask that was built before.
       return_lse: also return the log-sum-exp of the logits (sinks included).
 
@@ -234,7 +234,7 @@ def _configured(implementation: str | None, config: Any) -> str | None:
     """The implementation, which a config names too."""
     if config is None:
         return implementation
-    kernels = {xla: "xla", cpu: "cpu", triton: "triton", mosaic_tpu: "mosaic_tpu"}
+    kernels = {xla: "xla", cpu: "cpu", triton: "triton", mosaic_gpu: "mosaic_gpu", mosaic_tpu: "mosaic_tpu"}
     named = {kernel.Config: name for kernel, name in kernels.items()}.get(type(config))
     if named is None:
         kind = type(config).__name__

@@ -32,6 +32,7 @@ class Explanation:
       flops: part -> floating-point operations in the blocks that are visited (an upper bound where they are not known).
       bytes: part -> bytes that must be read and written at least.
       temporary_bytes: part -> memory needed beside arguments and results, estimated.
+      settings: what else the kernels chose, in words, and what had to be smaller than usual or asked for.
     """
 
     platform: str
@@ -42,6 +43,7 @@ class Explanation:
     flops: dict[str, int]
     bytes: dict[str, int]
     temporary_bytes: dict[str, int]
+    settings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"attention on {self.platform}", *(f"  {name:<7} {text}" for name, text in self.call), ""]
@@ -53,11 +55,13 @@ class Explanation:
             rows.append((_PART_NAMES.get(part, part), choice.name, *cost, memory))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += ["", *self._tiles()]
-        reasons: dict[str, str] = {}
-        for choice in self.choices.values():
-            reasons = choice.reasons | reasons  # of the forward first: it says when the compiled kernel is missing
-        lines += ["", *(f"  not {name}: {reason}" for name, reason in reasons.items())]
+        lines += ["", *self._tiles(), *(f"  kernel  {text}" for text in self.settings)]
+        used = {choice.name for choice in self.choices.values()}
+        names: dict[str, list[str]] = {}  # by reason; of the forward where there are several
+        for name, reason in next(iter(self.choices.values())).reasons.items():
+            if name not in used:
+                names.setdefault(reason, []).append(name)
+        lines += ["", *(f"  not {', '.join(some)}: {reason}" for reason, some in names.items())]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -129,7 +133,11 @@ def explain(query: Any, key: Any, value: Any, *, platform: str | None = None, **
     shown = ("mask", "score", "sinks", "dropout")
     call += [(name, _text(options[name])) for name in shown if options.get(name) is not None]
     moved = _bytes(problem, operands)
-    return Explanation(platform, tuple(call), choices, blocks, counts, flops, moved, temporaries)
+    settings: list[str] = []
+    for part in ("forward", "backward"):
+        chosen = getattr(choices[part].kernel, "settings", lambda problem, platform: {})
+        settings += chosen(problem, platform).get(part, [])
+    return Explanation(platform, tuple(call), choices, blocks, counts, flops, moved, temporaries, tuple(settings))
 
 
 def _text(value: Any) -> str:

@@ -143,7 +143,7 @@ class Not(Mask):
     mask: Mask
 
     def evaluate(self, tile: Tile) -> Array:
-        return ~self.mask.evaluate(tile)
+        return tile.inverted(self.mask.evaluate(tile))
 
     def blocks(self, grid: Grid) -> Any:
         return np.int8(2) - self.mask.blocks(grid)

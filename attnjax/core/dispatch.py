@@ -8,12 +8,13 @@ from types import ModuleType
 from typing import Any
 
 from attnjax.core.program import Problem
-from attnjax.kernels import cpu, cudnn, mosaic_tpu, reference, triton, xla
+from attnjax.kernels import cpu, cudnn, mosaic_gpu, mosaic_tpu, reference, triton, xla
 
 KERNELS: dict[str, ModuleType] = {
     "cpu": cpu,
     "cudnn": cudnn,
     "triton": triton,
+    "mosaic_gpu": mosaic_gpu,
     "mosaic_tpu": mosaic_tpu,
     "xla": xla,
     "reference": reference,
@@ -21,6 +22,10 @@ KERNELS: dict[str, ModuleType] = {
 PARTS = ("forward", "backward", "tangent", "higher")  # higher: derivatives of second order and up
 
 _ORDER = {"cpu": ("cpu", "xla"), "cuda": ("cudnn", "triton", "xla"), "rocm": ("xla",), "tpu": ("mosaic_tpu", "xla")}
+_BY_NAME = {  # why they are in no order
+    "reference": "for checking only: needs the T x S matrix",
+    "mosaic_gpu": "not yet measured beside triton",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +127,6 @@ def parts_of(name: str) -> tuple[str, ...]:
 
 
 def _not_preferred(name: str, order: tuple[str, ...], chosen: str) -> str:
-    if name not in order:
-        return "for checking only: needs the T x S matrix; ask for it by name"
-    return f"{chosen} is faster here"
+    if name in order:
+        return f"{chosen} is faster here"
+    return _BY_NAME.get(name, "is not for this device") + "; ask for it by name"

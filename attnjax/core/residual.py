@@ -182,9 +182,16 @@ class Residual:
         values = [_spread(v, kind, shape) for v, kind in zip(values, kinds, strict=True)]
         if step.name == "select_n" and kinds[1] == np.bool_ and len(values) == 3:  # no device selects booleans
             which, no, yes = values
-            return (which & yes) | (~which & no)
+            return (which & yes) | (opposite(which) & no)
+        if step.name == "not" and kinds[0] == np.bool_:
+            return opposite(values[0])
         parameters = step.equation.params | ({"sharding": None} if "sharding" in step.equation.params else {})
         return step.equation.primitive.bind(*values, **parameters)
+
+
+def opposite(x: Array) -> Array:
+    """Booleans, inverted as integers: not every device can otherwise."""
+    return jnp.asarray(x).astype(jnp.int32) == 0
 
 
 def _bind(step: _Step, values: list[Any]) -> list[Any]:

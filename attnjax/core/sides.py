@@ -100,6 +100,9 @@ class SidedTile:
             return Sided(side, array[..., None] if side is None else array, self.sizes)
         raise NotSeparable(f"an array with axes {axes!r}")
 
+    def inverted(self, seen: Any) -> Any:
+        return ~seen
+
     def apply(self, function: Any, constants: tuple[Array, ...]) -> Rule:
         """A function of indices is evaluated on all pairs."""
         sizes, n = self.sizes, len(self.sizes.batch)

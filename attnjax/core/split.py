@@ -20,7 +20,7 @@ import numpy as np
 from attnjax.core.functions import IndexFunction
 from attnjax.core.node import is_array
 from attnjax.core.program import Problem
-from attnjax.core.residual import Residual
+from attnjax.core.residual import Residual, opposite
 from attnjax.core.tiles import tile_form
 
 Array = jax.Array
@@ -232,6 +232,9 @@ class PairTile:
             return array
         return next(self._values)
 
+    def inverted(self, seen: Array) -> Array:
+        return opposite(seen)
+
     def by_distance(self, values: Any) -> Array:
         return next(self._values)
 
@@ -284,6 +287,9 @@ class _Recorder:
             return tile_form(array, axes, len(self.sizes.batch), self.sizes.group)
         self.note(array, axes, self.sources)
         return jnp.zeros((1, 1), array.dtype)
+
+    def inverted(self, seen: Any) -> Any:
+        return ~seen
 
     def by_distance(self, values: Any) -> Array:
         """`values` of all distances, as a piece [*lanes, N or 1, 1, T + S - 1]."""

@@ -135,6 +135,10 @@ class Tile:
         """The tile's part of a leaf with these axes; here the leaves come sliced already."""
         return array
 
+    def inverted(self, seen: Any) -> Any:
+        """Where not."""
+        return ~seen
+
     def by_distance(self, values: Any) -> Array:
         """Spreads `values(d)`, a function of the distances d = k - q as a vector, over the tile.
 

@@ -1,0 +1,188 @@
+"""The Hopper kernel, interpreted with a search for races, against the oracle; what it refuses, and that it compiles.
+
+It has a forward only, whose interpreter cannot run inside of `attention`: the forward is called as the primitives do.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import MASKS, SCORE_VARIANTS, SCORES, VARIANTS
+from oracle import Shape
+from problems import Case, draw, expect, poison
+
+import attnjax as aj
+from attnjax.attention import build
+from attnjax.core.softmax import log_sum_exp
+from attnjax.kernels import mosaic_gpu
+
+newest = pytest.mark.skipif(
+    jax.__version_info__ < mosaic_gpu._NEEDS, reason="mosaic_gpu needs jax 0.11.2: it has no interpreter before"
+)
+FULL, COMBINED = MASKS[0], MASKS[-1]
+NONE, EVERYTHING = SCORES[0], SCORES[-1]
+REFUSED = {
+    "relative": "by distance",
+    "relative_past": "by distance",
+    "function_distance": "dynamic_slice of query and key together",
+}
+X = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)
+
+
+def problem_of(case, inputs, config=None):
+    x, dropout = inputs.x, case.score.dropout
+    given, operands = build(
+        x["query"],
+        x["key"],
+        x["value"],
+        mask=case.mask.mask(inputs.d),
+        score=case.score.score(x),
+        scale=case.score.scale,
+        sinks=x.get("sinks"),
+        dropout=aj.Dropout(*dropout) if dropout else None,
+    )
+    return dataclasses.replace(given, config=config or mosaic_gpu.Config(interpret=True)), operands
+
+
+def agrees(case, dtype, config=None):
+    """With what is hidden as it was drawn, and again with NaN and infinities in it."""
+    inputs = draw(case, dtype)
+    want = expect(case, inputs)
+    given, operands = problem_of(case, inputs, config)
+    assert mosaic_gpu.unsupported(given, operands, "cuda", "forward") is None
+    run = jax.jit(lambda operands: mosaic_gpu.forward(given, operands, "cuda"))
+    for some in (inputs, poison(case, inputs)):
+        rows = run(problem_of(case, some, config)[1])
+        want.check(want.answer._replace(out=rows.out, lse=log_sum_exp(rows.highest, rows.total)))
+
+
+@newest
+@pytest.mark.parametrize("mask", [*MASKS, *VARIANTS], ids=repr)
+def test_masks(mask):
+    agrees(Case(mask, NONE), "bfloat16")
+
+
+@newest
+@pytest.mark.parametrize("score", [s for s in (*SCORES[1:], *SCORE_VARIANTS) if s.name not in REFUSED], ids=repr)
+def test_scores(score):
+    agrees(Case(FULL, score), "float16")
+
+
+SHAPES = {
+    "everything": Shape(),
+    "one query": Shape(T=1),
+    "one key": Shape(S=1),
+    "no batch": Shape(batch=()),
+    "two groups, head sizes that differ": Shape(T=130, S=140, H=72, V=40),
+    "one head": Shape(N=1, K=1),
+    "empty batch": Shape(batch=(0,)),
+    "no keys": Shape(S=0),
+}
+
+
+@newest
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape):
+    score = EVERYTHING if shape.batch != (0,) and shape.S else NONE
+    agrees(Case(FULL if score is NONE else COMBINED, score, shape), "bfloat16")
+
+
+CONFIGS = {
+    "narrow": mosaic_gpu.Config(block_k=64, stages=2, interpret=True),
+    "wide": mosaic_gpu.Config(block_k=128, stages=4, interpret=True),
+}
+
+
+@newest
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_configs(config):
+    """More blocks than there is room for at once, so that places in shared memory are used again."""
+    agrees(Case(COMBINED, EVERYTHING, Shape(batch=(1,), T=129, S=700)), "bfloat16", config)
+
+
+@newest
+def test_operands_that_a_batch_shares():
+    """As under `vmap` with some arguments not mapped: batch axes of size 1."""
+    inputs = draw(Case(FULL, NONE, Shape(batch=(3,))), "bfloat16")
+    given, operands = problem_of(Case(FULL, NONE, Shape(batch=(3,))), inputs)
+    shared = [operands[0], operands[1][:1], operands[2][1:2]]
+    whole = [operands[0], *(jnp.broadcast_to(x, operands[1].shape[:1] + x.shape[1:]) for x in shared[1:])]
+    run = jax.jit(lambda operands: mosaic_gpu.forward(given, operands, "cuda").out)
+    assert (run(shared) == run(whole)).all()
+
+
+@newest
+@pytest.mark.parametrize("name", REFUSED)
+def test_scores_that_are_refused(name):
+    (score,) = (s for s in (*SCORES, *SCORE_VARIANTS) if s.name == name)
+    given, operands = problem_of(Case(FULL, score), draw(Case(FULL, score), "bfloat16"))
+    assert REFUSED[name] in mosaic_gpu.unsupported(given, operands, "cuda", "forward")
+
+
+REFUSALS = {
+    "dtype": (dict(dtype=jnp.float32), {}, "takes bfloat16 and float16, not float32"),
+    "size": (dict(shape=(1, 64, 4, 320)), {}, "takes head sizes up to 256"),
+    "platform": ({}, dict(platform="tpu"), "runs on Hopper GPUs only, not on tpu"),
+    "old": ({}, {}, "needs jax 0.11.2 or newer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_name_one_that_can(case, monkeypatch):
+    """An error where it is asked for by name."""
+    change, options, text = REFUSALS[case]
+    monkeypatch.setattr(mosaic_gpu, "_NEEDS", (99, 0, 0) if case == "old" else (0, 0, 0))
+    x = jax.ShapeDtypeStruct(change.get("shape", X.shape), change.get("dtype", X.dtype))
+    text = text.replace("0.11.2", "99.0.0")
+    with pytest.raises(NotImplementedError, match=f"'mosaic_gpu' cannot: {text}.*xla.* can"):
+        aj.explain(x, x, x, implementation="mosaic_gpu", **(dict(platform="cuda") | options))
+
+
+def test_it_runs_on_hopper_only(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "_NEEDS", (0, 0, 0))
+    for kind, able in (("NVIDIA H200", True), ("NVIDIA A100-SXM4-80GB", False), ("something new", True)):
+        device = jax.sharding.AbstractDevice(device_kind=kind, platform="gpu", num_cores=132)
+        given, operands = build(X, X, X)
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+            reason = mosaic_gpu.unsupported(given, operands, "cuda", "forward")
+        assert reason is None if able else "not on NVIDIA A100-SXM4-80GB (8.0)" in reason
+
+
+@pytest.mark.parametrize(
+    "wrong, text",
+    [
+        (dict(block_k=96), r"block_k must be one of \[64, 128\] or None, got 96"),
+        (dict(stages=1), r"stages must be one of \[2, 3, 4\] or None, got 1"),
+        (dict(interpret=1), "interpret must be True or False, got 1"),
+    ],
+)
+def test_configs_that_are_wrong(wrong, text):
+    with pytest.raises(ValueError, match=text):
+        mosaic_gpu.Config(**wrong)
+
+
+def test_it_runs_where_it_is_named_and_nowhere_else(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "_NEEDS", (0, 0, 0))
+    explain = functools.partial(aj.explain, X, X, X, mask=aj.Causal(), platform="cuda")
+    assert explain().choices["forward"].name != "mosaic_gpu"
+    assert "not yet measured" in explain().choices["forward"].reasons["mosaic_gpu"]
+    named = explain(implementation="mosaic_gpu")
+    assert named.choices["forward"].name == "mosaic_gpu" != named.choices["backward"].name
+    assert (named.blocks.block_q, named.blocks.block_k) == (128, 128)
+
+
+@pytest.mark.parametrize("size", [64, 128, 192, 256])
+def test_what_is_chosen_fits_into_shared_memory(size):
+    x = jax.ShapeDtypeStruct((1, 256, 4, size), jnp.bfloat16)
+    block_k, stages = mosaic_gpu._tiling(build(x, x, x)[0])
+    assert 2 * 128 * size + 2 * stages * block_k * 2 * size <= 227 * 1024
+    assert (block_k, stages) == {64: (128, 3), 128: (128, 2), 192: (64, 3), 256: (64, 2)}[size]
+
+
+@newest
+def test_export_for_cuda():
+    call = functools.partial(aj.attention, mask=aj.Causal(), score=aj.SoftCap(20.0), implementation="mosaic_gpu")
+    exported = jax.export.export(jax.jit(call), platforms=["cuda"])(X, X, X)
+    assert "mosaic_gpu" in exported.mlir_module()
