@@ -16,12 +16,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from attnjax.core.devices import gpus
 from attnjax.core.node import is_array
 from attnjax.core.program import Problem
 from attnjax.core.softmax import Rows, finite, log_sum_exp
@@ -33,7 +33,6 @@ Array = jax.Array
 PARTS = ("forward", "backward")
 # Compute capability -> the largest head size, forward and backward (cuDNN's support matrix, 9.10 and newer).
 _MOST_SIZE = {"9.0": 256, "10.0": 128}
-_KINDS = {"9.0": r"\b(H100|H200|H800|H20|GH200)\b", "10.0": r"\b(B100|B200|GB200)\b"}
 _TYPES = {"float16": "F16", "bfloat16": "BF16"}
 
 
@@ -82,20 +81,15 @@ def _unsupported_mask(problem: Problem, operands: list[Any]) -> str | None:
 
 def _unsupported_device(problem: Problem) -> str | None:
     """A reason that has to do with the GPU that is compiled for, as far as that is known without touching it."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
     named = "runs on Hopper and datacenter Blackwell GPUs (compute capability 9.0 and 10.0)"
-    if device is not None:
-        kinds = {device.device_kind}
-        found = {number for number, names in _KINDS.items() if re.search(names, device.device_kind)}
-    elif jax.default_backend() == "gpu":
-        kinds = {f"{d.device_kind} ({d.compute_capability})" for d in jax.local_devices()}
-        found = {d.compute_capability for d in jax.local_devices()}
-    else:
+    found = gpus()
+    if not found:
         return f"{named}; which GPU this is compiled for is not known here"
-    if not found or not found <= set(_MOST_SIZE):
-        return f"{named}, not on {', '.join(sorted(kinds))}"
-    most = min(_MOST_SIZE[number] for number in found)
-    return f"takes head sizes up to {most} on {', '.join(sorted(kinds))}" if problem.head_size > most else None
+    others = [f"{kind} ({number})" if number else kind for kind, number in found.items() if number not in _MOST_SIZE]
+    if others:
+        return f"{named}, not on {', '.join(others)}"
+    most = min(_MOST_SIZE[number] for number in found.values() if number)
+    return f"takes head sizes up to {most} on {', '.join(sorted(found))}" if problem.head_size > most else None
 
 
 def blocks(problem: Problem, platform: str) -> None:
