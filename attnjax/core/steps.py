@@ -101,7 +101,7 @@ def _known(kinds: np.ndarray, visited: np.ndarray, by_key: bool) -> np.ndarray:
     return np.array([[fill(one) for one in each] for each in lists], np.int32).reshape(*kinds.shape[:2], longest)
 
 
-def _traced(kinds: Array, visited: Array, by_key: bool) -> Array:
+def _traced(kinds: Any, visited: Any, by_key: bool) -> Array:
     """The numbers, where it is not known how many are visited: rows of all columns, the empty ones last."""
     columns = kinds.shape[-1]
     order = jnp.argsort(~visited, axis=-1, stable=True).astype(np.int32)

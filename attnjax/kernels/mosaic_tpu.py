@@ -32,6 +32,8 @@ _LOWEST = -0.7 * float(np.finfo(np.float32).max)  # a maximum of nothing: finite
 _LOG2E = math.log2(math.e)
 _MOST_SIZE = 256  # of heads
 _MOST_SCALARS = 2**19  # bytes of scalar memory, of about 1 MiB
+_MOST_VECTORS = 2**24  # bytes of vector memory that a kernel may take on any TPU, if it is not told otherwise
+_USUAL = (1024, 1024)  # a tile: see "How the kernel works"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +91,6 @@ def _unsupported_pieces(problem: Problem, operands: list[Any], split: Split, til
     wide = [piece.dtype for piece in split.pieces if np.dtype(piece.dtype).itemsize > 4]
     if wide:
         return f"takes masks and scores of at most 32 bits, not {wide[0]}"
-    if any(piece.by_distance for piece in split.pieces) and max(tiles) % min(tiles):
-        return "takes scores by distance where one side of its tiles is a multiple of the other"
     listed = lambda by_key: lambda operands: jnp.asarray(steps(problem, operands, *tiles, by_key=by_key).numbers)
     lists = [jax.eval_shape(listed(by_key), list(operands)) for by_key in (False, True)]
     scalars = sum(math.prod(a.shape) for a in split.arrays if a.shape[2:] == (1, 1))
@@ -110,6 +110,17 @@ def gradients(problem: Problem, operands: list[Any]) -> tuple[int, ...]:
 def blocks(problem: Problem, platform: str) -> Blocks:
     """The tiles of the forward."""
     return Blocks(*_tiles(problem, "forward"), (1,) * len(problem.sizes.batch), 1)
+
+
+def settings(problem: Problem, platform: str) -> dict[str, list[str]]:
+    """The tiles by part, and what had to be made smaller than usual or asked for, for `explain`."""
+    lines = {}
+    for part in PARTS:
+        start, tiles = _asked(problem, part), _tiles(problem, part)
+        needed = f"{_vector_bytes(problem, part, start) / 2**20:.0f} MiB of vector memory"
+        smaller = f"; {start[0]} x {start[1]} would need {needed}" if tiles != start else ""
+        lines[part] = [f"{part}: {tiles[0]} x {tiles[1]}{smaller}"]
+    return lines
 
 
 def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
@@ -278,13 +289,13 @@ class _Backward:
         return {i: summed(_head_last(problem, x), self.shapes[i]) for i, x in made if i in self.shapes}
 
     def _by_pair(self, scores: Sequence[int]) -> dict[int, Array]:
-        """The gradients of scores; each tile of a piece with both axes is summed over what shares it, and written once."""
+        """The gradients of scores: tiles of pieces with both axes, summed over what shares them and written once."""
         for n in self.pieces:
             piece, shape = self.split.pieces[n], self.split.arrays[n].shape
             if piece.queries and piece.keys:
                 output = jax.ShapeDtypeStruct(shape, jnp.float32), piece.lanes, "hts" if piece.heads else "1ts"
                 (self.of_pieces[n],) = self._call(
-                    "pair", _pairs_of, [output], [self.tiles[::-1]], wanted=[n], shared=piece
+                    "pair", _pairs_of, [output], [(self.tiles[1], self.tiles[0])], wanted=[n], shared=piece
                 )
         return self.split.pulled(self.of_pieces, scores) if scores else {}
 
@@ -384,7 +395,7 @@ class _Tile:
 
     def _hidden(self, pairs: Array, value: float = 0.0) -> Array:
         """Pairs, with this value where the query does not see the key."""
-        return jnp.where(self._visible, pairs, value) if self.masked else pairs
+        return pairs if self._visible is None else jnp.where(self._visible, pairs, value)
 
     def _raw(self, q: Array, k: Array) -> Array:
         """The logits before scores, whose derivatives must stay finite where nothing is seen."""
@@ -422,16 +433,43 @@ def _pairs(problem: Problem) -> int:
     return math.prod((*problem.sizes.batch, problem.sizes.query_length, problem.sizes.key_length))
 
 
-def _tiles(problem: Problem, part: str) -> tuple[int, int]:
-    """Queries and keys of a tile."""
+def _asked(problem: Problem, part: str) -> tuple[int, int]:
+    """Queries and keys of a tile, as asked for or as usual, and no more than there are."""
     sizes, config = problem.sizes, problem.config or Config()
-    if problem.blocks is not None:
-        return problem.blocks
     own = (config.backward_block_q, config.backward_block_k) if part == "backward" else (None, None)
-    asked = (own[0] or config.block_q or 512, own[1] or config.block_k or 512)
-    lengths = (sizes.query_length, sizes.key_length)
+    asked = (own[0] or config.block_q or _USUAL[0], own[1] or config.block_k or _USUAL[1])
     least = 8 if config.interpret else LANES
-    return tuple(min(block, -(-max(n, 1) // least) * least) for block, n in zip(asked, lengths, strict=True))  # type: ignore[return-value]
+    fit = lambda block, length: min(block, -(-max(length, 1) // least) * least)
+    return problem.blocks or (fit(asked[0], sizes.query_length), fit(asked[1], sizes.key_length))
+
+
+def _tiles(problem: Problem, part: str) -> tuple[int, int]:
+    """What is asked for, halved while it takes too much memory. (Blocks of a given map may be cut, too.)"""
+    tiles = _asked(problem, part)
+    while _vector_bytes(problem, part, tiles) > _MOST_VECTORS:
+        n = int(tiles[1] >= tiles[0])
+        if tiles[n] % (2 * LANES):
+            break
+        tiles = (tiles[0], tiles[1] // 2) if n else (tiles[0] // 2, tiles[1])
+    return tiles
+
+
+def _vector_bytes(problem: Problem, part: str, tiles: tuple[int, int]) -> int:
+    """About what the largest kernel of a part takes: two copies of what it loads and writes, sums, and whole tiles.
+
+    How many whole tiles there are at a time was fitted to what the compiler takes: 3 of float32, 2 of bfloat16.
+    """
+    program, item = problem.program, np.dtype(problem.dtype).itemsize
+    (block_q, block_k), pairs = tiles, tiles[0] * tiles[1]
+    size = sum(-(-n // LANES) * LANES for n in (problem.head_size, problem.value_size))
+    loaded = 2 * item * size * (block_q + block_k)
+    scores = sum(program.axes[i] == "hts" for i in program.score_positions())
+    masks = sum(program.axes[i] == "hts" for i in program.map_positions())
+    loaded += pairs * (8 * scores + 2 * masks)
+    temporary = pairs * (14 if item == 4 else 10) + pairs * 4 * bool(program.scores)
+    if part == "forward":
+        return loaded + temporary + 4 * block_q * (size + 2 * LANES)
+    return loaded + temporary + 12 * max(block_q, block_k) * size + 12 * pairs * bool(scores)
 
 
 def _factor(problem: Problem) -> float:
