@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import platform
@@ -295,7 +296,7 @@ def describe_machine() -> dict[str, Any]:
     flags = (about.get("flags") or about.get("Features") or "").split()
     devices = jax.devices()
     return {
-        "processor": about.get("model name") or platform.processor() or platform.machine(),
+        "processor": processor_name(),
         "model": "/".join(about[name] for name in ("cpu family", "model", "stepping") if name in about),
         "features": [feature for feature in _FEATURES if feature in flags],
         "cores": usable_cores(),
@@ -305,6 +306,13 @@ def describe_machine() -> dict[str, Any]:
         "device": devices[0].device_kind,
         "devices": len(devices),
     }
+
+
+@functools.cache
+def processor_name() -> str:
+    """What the processor calls itself."""
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def usable_cores() -> int:

@@ -9,6 +9,7 @@ import numpy as np
 
 from attnjax.core.devices import gpus
 from attnjax.core.program import Problem
+from attnjax.core.tables import tuned
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -45,8 +46,9 @@ def choose_blocks(problem: Problem, platform: str) -> Blocks:
     if not problem.program.mask and platform == "cpu" and sizes.query_length >= 2048:
         rows, keys = _UNMASKED[0] * rows, _UNMASKED[1] * keys
     t, s = max(sizes.query_length, 1), max(sizes.key_length, 1)
-    asked_q = getattr(config, "block_q", None)
-    asked_k = getattr(config, "block_k", None)
+    own = tuned(problem, "xla", "all", platform)
+    asked_q = getattr(config, "block_q", None) or own.get("block_q")
+    asked_k = getattr(config, "block_k", None) or own.get("block_k")
     if problem.blocks is not None:
         block_q, block_k = problem.blocks
     else:
@@ -145,6 +147,11 @@ class Tiling:
     upright: bool = False
     note: str = ""
 
+    def __str__(self) -> str:
+        stages = f"{self.stages} stage{'s' if self.stages > 1 else ''}"
+        sizes = f"{self.block_q} queries x {self.block_k} keys, {self.warps} warps, {stages}"
+        return sizes + (f"; {self.note}" if self.note else "")
+
 
 # Of half precision by kernel and head size, on Ampere, and on Hopper and later, whose tensor cores read shared memory:
 # the largest of those tried that the compiler gives registers for without spilling (tests/aot). The second of a pair is
@@ -152,16 +159,20 @@ class Tiling:
 _TRITON = {
     "ampere": {
         "forward": {
-            64: ((128, 64, 8, 3), (64, 64, 8, 3)),
+            64: ((128, 64, 8, 3), (64, 32, 8, 3)),
             128: ((128, 32, 8, 3), (64, 32, 8, 3)),
-            256: ((32, 32, 8, 2),) * 2,
+            256: ((32, 32, 8, 2), (32, 32, 8, 2)),
         },
         "query": {
             64: ((128, 64, 8, 2), (64, 64, 8, 2)),
-            128: ((64, 64, 8, 2),) * 2,
+            128: ((64, 64, 8, 2), (64, 64, 8, 2)),
             256: ((32, 64, 8, 2), (32, 32, 8, 2)),
         },
-        "key": {64: ((64, 64, 8, 2), (32, 64, 8, 2)), 128: ((32, 64, 8, 2),) * 2, 256: ((32, 32, 8, 2),) * 2},
+        "key": {
+            64: ((64, 32, 8, 2), (32, 32, 8, 2)),
+            128: ((32, 64, 8, 2), (32, 64, 8, 2)),
+            256: ((32, 32, 8, 2), (32, 32, 8, 2)),
+        },
     },
     "hopper": {
         "forward": {
@@ -170,23 +181,35 @@ _TRITON = {
             256: ((64, 64, 8, 2), (64, 32, 8, 2)),
         },
         "query": {
-            64: ((128, 64, 8, 2), (64, 64, 8, 2)),
+            64: ((64, 64, 8, 2), (64, 64, 8, 2)),
             128: ((128, 64, 8, 2), (64, 64, 8, 2)),
             256: ((64, 64, 8, 2), (64, 32, 8, 2)),
         },
         "key": {
-            64: ((64, 128, 8, 2), (32, 64, 8, 2)),
-            128: ((32, 128, 8, 2), (16, 64, 8, 2)),
-            256: ((16, 64, 8, 2), (16, 32, 8, 2)),
+            64: ((32, 128, 8, 2), (32, 64, 8, 2)),
+            128: ((32, 64, 8, 2), (16, 64, 8, 2)),
+            256: ((16, 64, 8, 2), (16, 16, 8, 2)),
         },
     },
 }
 _EXACT = {  # float32, which is multiplied in three parts
-    "forward": {64: ((64, 32, 4, 2), (32, 32, 4, 2)), 128: ((32, 32, 8, 2),) * 2, 256: ((16, 32, 8, 1),) * 2},
-    "query": {64: ((32, 32, 4, 2),) * 2, 128: ((16, 32, 8, 1),) * 2, 256: ((16, 16, 8, 1),) * 2},
-    "key": {64: ((32, 32, 8, 2), (16, 32, 8, 2)), 128: ((16, 32, 8, 1),) * 2, 256: ((16, 16, 8, 1),) * 2},
+    "forward": {
+        64: ((64, 32, 4, 2), (32, 32, 4, 2)),
+        128: ((32, 32, 8, 2), (32, 32, 8, 2)),
+        256: ((16, 32, 8, 1), (16, 32, 8, 1)),
+    },
+    "query": {
+        64: ((32, 32, 4, 2), (32, 32, 4, 2)),
+        128: ((16, 32, 8, 1), (16, 32, 8, 1)),
+        256: ((16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    "key": {
+        64: ((32, 32, 8, 2), (16, 16, 8, 2)),
+        128: ((16, 16, 8, 1), (16, 16, 8, 1)),
+        256: ((16, 16, 8, 1), (16, 16, 8, 1)),
+    },
 }
-_DECODING = (4, 3)  # warps and stages where queries are few
+_DECODING = ((64, 4, 3), (32, 4, 2))  # keys of a tile, warps and stages where queries are few; of float32
 
 
 def choose_tiling(problem: Problem, kernel: str, gpu: Gpu) -> Tiling:
@@ -238,10 +261,12 @@ def _asked(problem: Problem, kernel: str, gpu: Gpu) -> Tiling:
     widest = max(64, power_of_two(max(problem.head_size, problem.value_size)))
     part = {"value": "key", "pairs": "key"}.get(kernel, kernel)
     usual = table[part][widest][rich]
-    if kernel == "forward" and sizes.query_length * sizes.group <= _DECODED_ROWS:
-        usual = (usual[0], min(usual[1], 64), *_DECODING)
+    if kernel == "forward" and (heads_together(problem) > 1 or sizes.query_length <= LEAST):
+        usual = (usual[0], *_DECODING[problem.dtype == "float32"])
     prefix = "" if kernel == "forward" else "backward_"
-    asked = (getattr(config, prefix + name, None) for name in ("block_q", "block_k", "warps", "stages"))
+    own = tuned(problem, "triton", "backward" if prefix else "forward", "cuda")
+    names = [prefix + name for name in ("block_q", "block_k", "warps", "stages")]
+    asked = (getattr(config, name, None) or own.get(name) for name in names)
     chosen = [one or other for one, other in zip(asked, usual, strict=True)]
     return Tiling(*chosen, upright=part == "key" and family == "ampere")
 

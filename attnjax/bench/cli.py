@@ -20,9 +20,11 @@ from typing import Any
 
 from attnjax import profiling
 from attnjax.bench import report
+from attnjax.bench import tune as tuning
 from attnjax.bench.cases import CASES, Case, select
 from attnjax.bench.peers import COMPETITORS
 from attnjax.bench.run import FORMAT, Row, Settings, default_limit, measure, record, versions
+from attnjax.core import tables
 from attnjax.kernels import cpu
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -61,6 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--list", action="store_true", help="run nothing, list cases and competitors")
     bench.set_defaults(command=_bench)
 
+    text = "Times the block sizes of an implementation on this device and keeps the fastest in a table that calls use."
+    tune = commands.add_parser("tune", help="find the fastest block sizes on this device", description=text)
+    tune.add_argument("--case", **many, metavar="GLOB", required=True, help="cases by name or pattern: bench --list")
+    tune.add_argument("--impl", metavar="NAME", help="implementation (default: the one with block sizes here)")
+    tune.add_argument("--rounds", type=int, default=5, metavar="N", help="runs of each size (default: 5)")
+    text = "the table to add to (default: the one of this device that the installed package reads)"
+    tune.add_argument("--json", type=pathlib.Path, metavar="FILE", help=text)
+    tune.set_defaults(command=_tune, quick=False, dtype=None)
+
     text = "Prints what there is here: versions, devices, and the compiled kernel for CPUs, or why it is missing."
     info = commands.add_parser("info", help="print versions, devices and the compiled kernel", description=text)
     info.set_defaults(command=_info)
@@ -78,6 +89,32 @@ def _info(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     }
     for name, text in lines.items():
         print(f"{name:11} {text}")
+    return 0
+
+
+def _tune(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    cases = _cases(arguments, parser)
+    platform: str = profiling.describe_machine()["platform"]
+    platform = "cuda" if platform == "gpu" else platform
+    name: str = arguments.impl or tuning.USUAL.get(platform, "xla")
+    if arguments.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
+    for case in cases:
+        reason = tuning.able(name, case)
+        if reason:
+            parser.error(f"--impl {name}, case {case.name}: {name} {reason}")
+    device: str = tables.device_name(platform) or platform
+    path = arguments.json or tables.path_for(device)
+    for case in cases:
+        try:
+            found = tuning.tune(case, name, arguments.rounds, lambda text: print(text, file=sys.stderr))
+        except NotImplementedError as error:
+            parser.error(f"--impl {name}, case {case.name}: {error}")
+        tuning.write(path, device, [found], shlex.join(["attnjax", *arguments.words]))
+        sizes = ", ".join(f"{field}={x}" for field, x in found.config.items()) or "the usual sizes"
+        faster = f"{found.usual / found.seconds:.2f} x as fast as the usual"
+        print(f"{case.name}: {sizes}, {found.seconds * 1e3:.4g} ms, {faster}, of {found.tried}")
+    print(f"{path}: what calls on {device} use from now on" if not arguments.json else str(path))
     return 0
 
 

@@ -23,6 +23,7 @@ from attnjax.core.residual import NotSplittable
 from attnjax.core.softmax import Rows, finite, inverse, row_delta, sink_gradient
 from attnjax.core.split import PairTile, Split, summed, widened
 from attnjax.core.steps import MOST_BLOCKS, steps
+from attnjax.core.tables import tuned
 from attnjax.tuning import Blocks
 
 Array = jax.Array
@@ -187,8 +188,8 @@ def _forward(here: Here, q: Any, k: Any, v: Any, out: Any, softmax: Any, summed:
     @here.end
     def _() -> None:
         empty = total[...] == 0
-        share = 1 / jnp.where(empty, 1.0, total[...])
-        out[...] = (summed[...] * wide(share, summed.shape[1])).astype(out.dtype)
+        divisor = jnp.where(empty, 1.0, total[...])
+        out[...] = (summed[...] / wide(divisor, summed.shape[1])).astype(out.dtype)
         highest = jnp.where(empty, -jnp.inf, top[...] * factor)
         lane = lax.broadcasted_iota(jnp.int32, top.shape, 1)
         softmax[...] = jnp.where(lane == 0, highest, total[...]).T[:2]
@@ -437,7 +438,10 @@ def _asked(problem: Problem, part: str) -> tuple[int, int]:
     """Queries and keys of a tile, as asked for or as usual, and no more than there are."""
     sizes, config = problem.sizes, problem.config or Config()
     own = (config.backward_block_q, config.backward_block_k) if part == "backward" else (None, None)
-    asked = (own[0] or config.block_q or _USUAL[0], own[1] or config.block_k or _USUAL[1])
+    prefix = "backward_" if part == "backward" else ""
+    known = tuned(problem, "mosaic_tpu", part, "tpu")
+    usual = known.get(prefix + "block_q", _USUAL[0]), known.get(prefix + "block_k", _USUAL[1])
+    asked = (own[0] or config.block_q or usual[0], own[1] or config.block_k or usual[1])
     least = 8 if config.interpret else LANES
     fit = lambda block, length: min(block, -(-max(length, 1) // least) * least)
     return problem.blocks or (fit(asked[0], sizes.query_length), fit(asked[1], sizes.key_length))
