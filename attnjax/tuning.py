@@ -280,21 +280,21 @@ def _fitting(block: int, length: int, given: int) -> int:
 def shared_bytes(problem: Problem, kernel: str, tiling: Tiling) -> int:
     """At most so much shared memory a Triton kernel needs: rows that stay, rows of the loop, what goes beside them.
 
-    Compared with what the compiler asks for (tests/aot).
+    Compared with what the compiler asks for, of A100 and H200 (tests/aot). In float32 also the parts of products stand
+    there, and rows come in chunks.
     """
     exact = problem.dtype == "float32"
-    item = np.dtype(problem.dtype).itemsize
-    row = (power_of_two(problem.head_size) + power_of_two(problem.value_size)) * item
+    item, most = np.dtype(problem.dtype).itemsize, 128 if exact else 256
+    head, value = (min(power_of_two(size), most) * item for size in (problem.head_size, problem.value_size))
     q, k = tiling.block_q, tiling.block_k
     if kernel == "forward":
-        staying, moving = q * power_of_two(problem.head_size) * item, k * row
+        staying, moving = q * head, k * (head + value)
     else:
         staying, moving = (q, k) if kernel == "query" else (k, q)
-        staying, moving = staying * row, moving * (row + 8)
+        staying, moving = staying * (head + value), moving * (head + value + 8)
     beside = 1024 + (q * k * item if tiling.upright or problem.program.scores else 0)
-    if exact:  # what is left after the first 11 bits stands there too
-        return 2 * staying + (tiling.stages + 1) * moving + 2 * beside
-    return staying + tiling.stages * moving + beside
+    parts = 0 if not exact else 1 if kernel in ("forward", "query") else 2
+    return staying * (1 + parts) + moving * (tiling.stages + parts) + beside
 
 
 def key_splits(problem: Problem, tiling: Tiling, gpu: Gpu) -> int:

@@ -17,7 +17,7 @@ from oracle import HALVES, Answer, Arrays, Expected, Index, Problem, Shape, diff
 
 import attnjax
 from attnjax.core.dropout import head_seeds, keep
-from attnjax.kernels import xla
+from attnjax.kernels import mosaic_tpu, triton, xla
 
 # Every implementation is tried on everything: a new kernel joins with one line. The small tiles cut T = 37 and
 # S = 53 into several, with a remainder on both sides.
@@ -25,6 +25,27 @@ IMPLEMENTATIONS = {
     "reference": None,
     "xla": xla.Config(block_q=16, block_k=16),
     "cpu": None,
+}
+# Kernels for devices that are not here run interpreted: the same numbers, slowly. So they take a part of the table,
+# where that is said, and all of it with --full-cross.
+INTERPRETED = {
+    "triton": triton.Config(block_q=16, block_k=16, backward_block_q=16, backward_block_k=16, interpret=True),
+    "mosaic_tpu": mosaic_tpu.Config(block_q=16, block_k=16, interpret=True),
+}
+EVERY_IMPLEMENTATION = IMPLEMENTATIONS | INTERPRETED
+# What an implementation refuses, by dtype or by name of the score, and what it says then. None refuses a mask.
+REFUSED = {
+    "cpu": dict.fromkeys(("softcap", "biases"), "soft caps that are Python numbers, not arrays")
+    | dict.fromkeys(("function", "function_indices", "function_distance", "function_nonlinear"), "cannot run ScoreFn"),
+    "triton": {
+        "float64": "takes float32, bfloat16 and float16, not float64",
+        "function_distance": "cannot run this mask or score on its tiles: dynamic_slice of query and key together",
+    },
+    "mosaic_tpu": {
+        "float64": "takes float32 and bfloat16, not float64",
+        "float16": "takes float32 and bfloat16, not float16",
+        "function_distance": "cannot run this mask or score on its tiles: dynamic_slice of query and key together",
+    },
 }
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

@@ -80,7 +80,10 @@ def choose(
     }
     if named is not None and (part in parts_of(named) or refusals[named] is None):
         if refusals[named] is not None:
-            able = [name for name in KERNELS if refusals[name] is None]
+            anyone = dataclasses.replace(problem, config=None)  # which is of the one that was named
+            able = [
+                name for name, kernel in KERNELS.items() if not kernel.unsupported(anyone, operands, platform, part)
+            ]
             raise NotImplementedError(f"implementation {named!r} cannot: {refusals[named]}. {', '.join(able)} can.")
         return Choice(named, {name: f"implementation={named!r} was asked for" for name in KERNELS if name != named})
     if exported:

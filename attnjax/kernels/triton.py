@@ -8,6 +8,7 @@ tiles by `core.split`. How large the blocks are is decided in `tuning`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -22,6 +23,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from attnjax.core.devices import gpus
 from attnjax.core.parts import Chunks, Parts, Refs
 from attnjax.core.program import Problem
 from attnjax.core.residual import NotSplittable
@@ -138,18 +140,17 @@ def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
     return {"forward": rows * (problem.value_size + 2) * splits if splits > 1 else 0, "backward": 2 * rows}
 
 
-def settings(problem: Problem, platform: str) -> tuple[str, ...]:
-    """The sizes of every kernel, and what had to be made smaller than usual or asked for, for `explain`."""
-    gpu, lines = compiled_for(), []
-    for kernel in ("forward", "query", "key"):
-        tiling = choose_tiling(problem, kernel, gpu)
-        reason = f"; {tiling.note}" if tiling.note else ""
-        sizes = f"{tiling.block_q} x {tiling.block_k}, {tiling.warps} warps, {tiling.stages} stages"
-        lines.append(f"{_NAMES[kernel]}: {sizes}{reason}")
-    return tuple(lines)
-
-
-_NAMES = {"forward": "forward", "query": "gradient of query", "key": "gradients of key and value"}
+def settings(problem: Problem, platform: str) -> dict[str, list[str]]:
+    """The sizes of the kernels by part, and what had to be smaller than usual or asked for, for `explain`."""
+    gpu = compiled_for()
+    forward, *others = (choose_tiling(problem, kernel, gpu) for kernel in ("forward", "query", "key"))
+    splits = key_splits(problem, forward, gpu)
+    more = f", {splits} programs for the keys of a tile" if splits > 1 else ""
+    names = ("gradient of query", "gradients of key and value")
+    return {
+        "forward": [f"forward: {forward}{more}"],
+        "backward": [f"{name}: {tiling}" for name, tiling in zip(names, others, strict=True)],
+    }
 
 
 def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
@@ -585,9 +586,15 @@ _kernel_p.def_abstract_eval(
 
 
 def _lower(ctx: Any, *arrays: Any, launch: _Launch) -> Any:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.nullcontext() if gpus() else _some_gpu():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         return mlir.lower_fun(launch, multiple_results=True)(ctx, *arrays)
+
+
+def _some_gpu() -> contextlib.AbstractContextManager[Any]:
+    """Tells JAX of a GPU where none is known, as it asks from 0.11 on; 0.10 takes the same for granted."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 mlir.register_lowering(_kernel_p, _lower, platform="cuda")
