@@ -107,7 +107,7 @@ def explain(query: Any, key: Any, value: Any, *, platform: str | None = None, **
       >>> from attnjax import Causal, explain
       >>> q = jax.ShapeDtypeStruct((1, 4096, 8, 64), "float32")
       >>> print(explain(q, q, q, mask=Causal(), platform="tpu").choices["forward"].name)
-      xla
+      mosaic_tpu
     """
     platform = jax.default_backend() if platform is None else platform
     platform = "cuda" if platform == "gpu" else platform
