@@ -1,4 +1,4 @@
-"""Programs of implementation="triton", with the sizes that are chosen: forward and gradient by dtype, head size, mask."""
+"""Programs of implementation="triton" with the sizes that are chosen: forward and gradient by dtype, size and mask."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def attend(kind: str, dtype: Any, size: int, part: str, queries: int = 4096, key
 
 def program(kind: str, dtype: Any, size: int, part: str = "gradient", length: int = 4096) -> Program:
     name = f"triton-{kind}-{jnp.dtype(dtype).name}-{size}-{part}-{length}"
-    return Program(name, functools.partial(attend, kind, dtype, size, part, length), CUDA)
+    spills = size == 256 and dtype == jnp.float32  # the least tiles there are: up to some hundred bytes
+    return Program(name, functools.partial(attend, kind, dtype, size, part, length), CUDA, spills=spills)
 
 
 KINDS = ("full", "causal", "offset", "segments", "softcap", "bias", "dropout", "everything")
