@@ -230,9 +230,7 @@ def agrees(case, dtype, implementation, *, config=..., mapped=False, options=Non
     __tracebackhide__ = True
     config = EVERY_IMPLEMENTATION.get(implementation) if config is ... else config
     if implementation == "mosaic_tpu" and case.score is EVERYTHING:
-        options = (
-            OPTIMISED  # compiled fast, sums of the interpreted kernel are rounded more often than the budget is for
-        )
+        options = OPTIMISED  # compiled fast, the interpreted kernel rounds its sums more often than the budget is for
     with precision(dtype):
         inputs = draw(case, dtype)
         want = expectation(case, dtype, mapped)
