@@ -1,4 +1,4 @@
-"""Programs of implementation="mosaic_gpu", the forward for Hopper; on versions of JAX that have no such kernel, none."""
+"""Programs of implementation="mosaic_gpu", the forward for Hopper; none where JAX has no such kernel."""
 
 from __future__ import annotations
 
