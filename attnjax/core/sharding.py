@@ -70,7 +70,10 @@ class _Share:
 
 
 def shared_out(
-    body: Callable[..., list[Array]], problem: Problem, arguments: Sequence[Operand], results: Sequence[Operand]
+    body: Callable[[Problem, list[tuple[int, ...]]], Callable[..., list[Array]]],
+    problem: Problem,
+    arguments: Sequence[Operand],
+    results: Sequence[Operand],
 ) -> Callable[..., list[Array]]:
     """A function of the arguments that every device runs on its own share of them.
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
@@ -580,9 +581,7 @@ class _Launch:
 # A primitive of its own, so that something can be done while the kernel is lowered.
 _kernel_p = Primitive("attnjax_triton")
 _kernel_p.multiple_results = True
-_kernel_p.def_abstract_eval(
-    lambda *_, launch: [jax.core.ShapedArray(x.shape, x.dtype) for x in launch.results.values()]
-)
+_kernel_p.def_abstract_eval(lambda *_, launch: [ShapedArray(x.shape, x.dtype) for x in launch.results.values()])
 
 
 def _lower(ctx: Any, *arrays: Any, launch: _Launch) -> Any:

@@ -1,4 +1,4 @@
-"""Programs of implementation="triton" with the sizes that are chosen: forward and gradient, dtypes, head sizes, masks."""
+"""Programs of implementation="triton" with the sizes that are chosen: forward and gradient, by dtype, size and mask."""
 
 from __future__ import annotations
 
