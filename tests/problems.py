@@ -165,12 +165,20 @@ def attend(
     )
 
 
-def solver(case: Case, implementation: str | None, config: Any = None) -> Callable[..., Answer]:
-    """A function of the fields of `Inputs` that gives attnjax's value, gradients and tangents."""
+def solver(
+    case: Case, implementation: str | None, config: Any = None, *, forward_mode: bool = True
+) -> Callable[..., Answer]:
+    """A function of the fields of `Inputs` that gives attnjax's value, gradients and tangents.
+
+    Without `forward_mode` the cotangents stand in the place of the tangents.
+    """
 
     def solve(x, d, tangents, cotangents):
         function = functools.partial(attend, case, d=d, implementation=implementation, config=config)
-        return differentiate(function, x, tangents, cotangents)
+        if forward_mode:
+            return differentiate(function, x, tangents, cotangents)
+        value, pull = jax.vjp(function, x)
+        return Answer(*value, *pull(cotangents), *cotangents)
 
     return solve
 
