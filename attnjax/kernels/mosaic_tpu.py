@@ -472,7 +472,9 @@ def _vector_bytes(problem: Problem, part: str, tiles: tuple[int, int]) -> int:
     loaded += pairs * (8 * scores + 2 * masks)
     nodes = (jax.tree.unflatten(one, [np.zeros(())] * one.num_leaves) for one in (*program.mask, *program.scores))
     functions = sum(len(list(node.functions())) for node in nodes)
-    temporary = pairs * (14 if item == 4 else 10) + pairs * 4 * (bool(program.scores) + functions)
+    temporary = pairs * (14 if item == 4 else 10) + pairs * 4 * (
+        bool(program.scores) + bool(program.map_positions()) + functions
+    )
     if part == "forward":
         return loaded + temporary + 4 * block_q * (size + 2 * LANES)
     return loaded + temporary + 12 * max(block_q, block_k) * size + 12 * pairs * bool(scores)
