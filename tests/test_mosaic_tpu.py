@@ -81,7 +81,7 @@ def test_lists_that_scalar_memory_has_no_room_for():
     ids = jax.ShapeDtypeStruct((64, 65536), jnp.int32)
     x = jax.ShapeDtypeStruct((64, 65536, 2, 64), jnp.bfloat16)
     with pytest.raises(
-        NotImplementedError, match="would need 1024 KiB of scalar memory for its tiles, and has 512 KiB"
+        NotImplementedError, match=r"would need \d+ KiB of scalar memory for its tiles, and has 512 KiB"
     ):
         aj.explain(x, x, x, platform="tpu", mask=aj.Segments(ids), implementation="mosaic_tpu")
     longest = jax.ShapeDtypeStruct((1, 2**24, 1, 64), jnp.bfloat16)
