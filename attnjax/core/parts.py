@@ -16,7 +16,7 @@ from jax import lax
 from attnjax.core.program import Problem
 from attnjax.core.softmax import Rows, finite, inverse, log_sum_exp
 from attnjax.core.split import Split, entry_of
-from attnjax.core.view import LOG2E, View
+from attnjax.core.view import View, unit
 from attnjax.core.visits import Kinds, Lists, block_kinds, visits
 from attnjax.tuning import power_of_two
 
@@ -53,16 +53,16 @@ class Parts:
         self.chunked = problem.dtype == "float32" and max(problem.head_size, problem.value_size) > _CHUNK
 
     def take_rows(self, rows: Rows, delta: Array, ct_out: Array) -> None:
-        """What the backward starts from: weights are 2 ** (logit - highest).
+        """What the backward starts from: weights are `power` of logits less `highest`, both times `unit`.
 
         With the log-sum-exp for `highest` they add up to 1 but for its rounding, which half precision does not show. In
         float32 the cotangents are divided by the total instead.
         """
         if self.problem.dtype == "float32":
             share = inverse(rows.total)
-            named = {"highest": finite(rows.highest) * LOG2E, "delta": delta * share, "share": share}
+            named = {"highest": finite(rows.highest) * unit(self.problem), "delta": delta * share, "share": share}
         else:
-            named = {"highest": finite(log_sum_exp(rows.highest, rows.total)) * LOG2E, "delta": delta}
+            named = {"highest": finite(log_sum_exp(rows.highest, rows.total)) * unit(self.problem), "delta": delta}
         named["ct_out"] = ct_out.astype(self.problem.dtype)
         n = len(self.batch)
         self.given |= {name: x.reshape(self.entries, *x.shape[n:]) for name, x in named.items()}

@@ -9,11 +9,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attnjax.core.program import Problem
 from attnjax.core.split import PairTile, Split
 
 Array = jax.Array
 
 LOG2E = math.log2(math.e)
+
+
+def unit(problem: Problem) -> float:
+    """What logits are multiplied by before they are exponents: of 2 in half precision, of e in float32.
+
+    Exponents of 2 are faster, but their factor is one more rounding, which float32 shows where sums are long.
+    """
+    return 1.0 if problem.dtype == "float32" else LOG2E
+
+
+def power(problem: Problem, exponents: Array) -> Array:
+    """2 or e to these."""
+    return jnp.exp(exponents) if problem.dtype == "float32" else jnp.exp2(exponents)
 
 
 class View:
@@ -23,7 +37,7 @@ class View:
     something is summed over keys, those that no query of the tile sees are put to 0, and the other way round.
 
     Attributes:
-      logits: in units of log 2, -inf where the query does not see the key.
+      logits: times `unit`, -inf where the query does not see the key.
     """
 
     def __init__(
@@ -41,9 +55,9 @@ class View:
             self._visible = visible if seen is None else visible & jnp.broadcast_to(seen, raw.shape)
         if self._scored:  # where nothing is seen their derivatives must stay finite
             self._raw = self._hidden(raw * program.scale, 0.0)
-            logits = self._tile.modify(self._raw) * LOG2E
+            logits = self._tile.modify(self._raw) * unit(split.problem)
         else:
-            logits = raw * (program.scale * LOG2E)
+            logits = raw * (program.scale * unit(split.problem))
         self.logits = self._hidden(logits, -jnp.inf)
 
     def seen(self, rows: tuple[Array, ...]) -> tuple[Array, ...]:

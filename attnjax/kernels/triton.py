@@ -30,7 +30,7 @@ from attnjax.core.program import Problem
 from attnjax.core.residual import NotSplittable
 from attnjax.core.softmax import Rows, add_sinks, finite, inverse, merge_rows, row_delta, sink_gradient
 from attnjax.core.split import Split, member_of, summed, widened
-from attnjax.core.view import LOG2E
+from attnjax.core.view import power, unit
 from attnjax.core.visits import Kinds, Lists
 from attnjax.tuning import LEAST, Blocks, Tiling, choose_tiling, compiled_for, heads_together, key_splits, power_of_two
 
@@ -354,7 +354,7 @@ def _forward(call: _Call, lists: Lists, refs: Refs) -> None:
         view = call.view(refs, (b, h), q, k, call.inner(query(), key), masked, known)
         new = jnp.maximum(highest, view.logits.max(1, keepdims=True))
         safe = finite(new)
-        shrink, weights = jnp.exp2(highest - safe), jnp.exp2(view.logits - safe)
+        shrink, weights = (power(call.problem, x - safe) for x in (highest, view.logits))
         value = view.seen(call.rows(refs, "value", b, columns, kv, end))
         out = call.add(tuple(x * shrink for x in out), view.drop(weights), value)
         return out, new, total * shrink + weights.sum(1, keepdims=True)
@@ -366,21 +366,21 @@ def _forward(call: _Call, lists: Lists, refs: Refs) -> None:
 
 
 def _finish(call: _Call, refs: Refs, at: Any, b: Any, q: Array, h: Any, state: Any) -> None:
-    """Writes the rows of a block. `highest` leaves the units of log 2, and `total` goes with what it is rounded to."""
-    out, highest, total = state
+    """Writes the rows of a block. `highest` is divided by `unit` again, and `total` goes with what it is rounded to."""
+    (out, highest, total), own = state, unit(call.problem)
     if call.split.sinks is not None and call.splits == 1:
-        sink = call.piece(refs, call.split.sinks, b, h, q, q).astype(jnp.float32) * LOG2E
+        sink = call.piece(refs, call.split.sinks, b, h, q, q).astype(jnp.float32) * own
         most = jnp.maximum(highest, sink)
-        shrink = jnp.exp2(highest - finite(most))
-        total, highest = total * shrink + jnp.exp2(sink - finite(most)), most
+        shrink = power(call.problem, highest - finite(most))
+        total, highest = total * shrink + power(call.problem, sink - finite(most)), most
         out = tuple(x * shrink for x in out)
-    natural = highest * math.log(2)
-    rounded = jnp.where(highest == -jnp.inf, 0.0, highest - finite(natural) * LOG2E)
-    factor = inverse(total) if call.splits == 1 else jnp.exp2(rounded)
+    natural = highest * (1 / own)
+    rounded = power(call.problem, jnp.where(highest == -jnp.inf, 0.0, highest - finite(natural) * own))
+    factor = inverse(total) if call.splits == 1 else rounded
     inside = q < call.sizes.query_length
     call.store_rows(refs["out"], at, q, h, tuple(x * factor for x in out), inside)
     _store(refs["highest"], (at, q, h), natural, inside)
-    _store(refs["total"], (at, q, h), total * jnp.exp2(rounded), inside)
+    _store(refs["total"], (at, q, h), total * rounded, inside)
 
 
 def _backward_query(call: _Call, lists: Lists, refs: Refs, wanted: list[int]) -> None:
@@ -404,7 +404,7 @@ def _backward_query(call: _Call, lists: Lists, refs: Refs, wanted: list[int]) ->
         key = call.rows(refs, "key", b, columns, kv, end)
         value = call.rows(refs, "value", b, columns, kv, end)
         view = call.view(refs, (b, h), q, k, call.inner(query(), key), masked, known)
-        weights = jnp.exp2(view.logits - highest)
+        weights = power(call.problem, view.logits - highest)
         d_weights = view.drop(call.inner(ct_out(), value))
         d_raw, more = view.pulled(weights * (d_weights - delta), wanted)
         if d_query:
@@ -441,7 +441,7 @@ def _backward_key(call: _Call, lists: Lists, refs: Refs, wanted: list[int]) -> N
         query = call.rows(refs, "query", b, rows, h, end)
         view = call.view(refs, (b, h), q, k, product(query, key()), masked, known)
         highest, delta = (call.row_values(refs, name, b, q, h) for name in ("highest", "delta"))
-        weights = jnp.exp2(view.logits - highest)
+        weights = power(call.problem, view.logits - highest)
         ct_out = view.seeing(call.cotangents(refs, b, rows, h, end))
         if d_value:
             d_value = call.add(d_value, view.drop(weights), ct_out, over)
@@ -495,7 +495,7 @@ def _backward_pairs(call: _Call, kinds: Kinds, refs: Refs, n: int) -> None:
         ct_out = call.cotangents(refs, b, q, h, sizes.query_length)
         value = call.rows(refs, "value", b, columns, kv, sizes.key_length)
         d_weights = view.drop(call.inner(ct_out, value))
-        weights = jnp.exp2(view.logits - highest)
+        weights = power(call.problem, view.logits - highest)
         _, (more,) = view.pulled(weights * (d_weights - delta), [n])
         return gradient + more.astype(jnp.float32)
 
