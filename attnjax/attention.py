@@ -258,8 +258,9 @@ def _seeds(seed: Any, batch: tuple[int, ...], heads: int) -> Any:
 
 
 def _hashed(seed: Any, batch: tuple[int, ...], heads: int) -> Any:
+    seed = seed.reshape((1,) * (len(batch) - seed.ndim) + seed.shape + (1,))
     entries = np.arange(math.prod(batch), dtype=np.uint32).reshape(*batch, 1)
-    return head_seeds(seed[..., None], entries, np.arange(heads, dtype=np.uint32))
+    return head_seeds(seed, entries, np.arange(heads, dtype=np.uint32).reshape((1,) * len(batch) + (heads,)))
 
 
 def _check_map(block_map: Any, mask: Any, t: int, s: int, batch: tuple[int, ...], heads: int, config: Any) -> None:

@@ -275,7 +275,7 @@ CONFIG = xla.Config(block_q=2)
         "config",
         lambda: call(config=128),
         TypeError,
-        "config must be an attnjax.kernels.xla.Config or an attnjax.kernels.cpu.Config, got int",
+        "config must be the Config of an implementation, such as attnjax.kernels.xla.Config, got int",
     ),
     ("config_dict", lambda: call(config={"block_q": 2}), TypeError, "config must be...got dict"),
     ("block_zero", lambda: xla.Config(block_q=0), ValueError, "Config: block_q must be an integer of at least 1"),

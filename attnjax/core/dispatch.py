@@ -81,9 +81,8 @@ def choose(
     if named is not None and (part in parts_of(named) or refusals[named] is None):
         if refusals[named] is not None:
             anyone = dataclasses.replace(problem, config=None)  # which is of the one that was named
-            able = [
-                name for name, kernel in KERNELS.items() if not kernel.unsupported(anyone, operands, platform, part)
-            ]
+            others = {name: kernel for name, kernel in KERNELS.items() if name != named}
+            able = [name for name, x in others.items() if not x.unsupported(anyone, operands, platform, part)]
             raise NotImplementedError(f"implementation {named!r} cannot: {refusals[named]}. {', '.join(able)} can.")
         return Choice(named, {name: f"implementation={named!r} was asked for" for name in KERNELS if name != named})
     if exported:
