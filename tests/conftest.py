@@ -50,6 +50,11 @@ def pytest_addoption(parser):
         help="run every mask x score pair in every dtype, directly and under vmap, on every implementation",
     )
     parser.addoption(
+        "--interpret-mosaic-gpu",
+        action="store_true",
+        help="interpret the Mosaic GPU kernel too; set NPROC=16, for its interpreter needs that many threads",
+    )
+    parser.addoption(
         "--optimised",
         action="store_true",
         help="compile every test with all of XLA's optimisations, not only those that ask for them",

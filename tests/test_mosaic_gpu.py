@@ -21,6 +21,20 @@ from attnjax.kernels import mosaic_gpu
 newest = pytest.mark.skipif(
     jax.__version_info__ < mosaic_gpu._NEEDS, reason="mosaic_gpu needs jax 0.11.2: it has no interpreter before"
 )
+# JAX's interpreter of these kernels waits in XLA's threads, and waits forever where there are too few of them: so what
+# is interpreted runs when it is asked for, NPROC=16 pytest --interpret-mosaic-gpu tests/test_mosaic_gpu.py
+pytestmark = pytest.mark.usefixtures("asked_for")
+
+
+@pytest.fixture
+def asked_for(request):
+    """Skips what would be interpreted, unless that is asked for."""
+    interpreted = request.node.name.split("[")[0] in INTERPRETED
+    if interpreted and not request.config.getoption("--interpret-mosaic-gpu"):
+        pytest.skip("interpreted Mosaic GPU kernels need many threads: NPROC=16 pytest --interpret-mosaic-gpu")
+
+
+INTERPRETED = ("test_masks", "test_scores", "test_shapes", "test_configs", "test_operands_that_a_batch_shares")
 FULL, COMBINED = MASKS[0], MASKS[-1]
 NONE, EVERYTHING = SCORES[0], SCORES[-1]
 REFUSED = {
