@@ -1,4 +1,4 @@
-"""Settings every test runs under: one CPU backend unless told otherwise, strict promotion, skips that are counted."""
+"""Settings every test runs under: the CPU unless JAX_PLATFORMS is set, strict promotion, skips that are counted."""
 
 import functools
 import gc
@@ -12,7 +12,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from problems import IMPLEMENTATIONS
+from problems import IMPLEMENTATIONS, ON_GPU
 
 import attnjax
 from attnjax.kernels import cpu
@@ -72,12 +72,20 @@ def pytest_configure(config):
     What is computed and how much memory it takes are the same; the speed is not. A test that is about the optimised
     code passes `problems.OPTIMISED` to jax.jit, one that measures time runs in a process of its own.
     """
-    jax.config.update("jax_disable_most_optimizations", not config.getoption("--optimised"))
+    jax.config.update("jax_disable_most_optimizations", not (ON_GPU or config.getoption("--optimised")))
     config.addinivalue_line(
         "markers", "compiled: needs the compiled kernel, as does every test of implementation='cpu'"
     )
-    if cpu.missing() and not config.getoption("--without-compiled-kernel"):
+    config.addinivalue_line(
+        "markers", "device: runs kernels on the device there is; `make test-gpu` runs these on a GPU"
+    )
+    if cpu.missing() and not ON_GPU and not config.getoption("--without-compiled-kernel"):
         raise pytest.UsageError(f"{cpu.missing()}. To skip its tests: pytest --without-compiled-kernel")
+
+
+def pytest_report_header():
+    """Where the kernels run."""
+    return f"device: {jax.devices()[0].device_kind}"
 
 
 def pytest_collection_modifyitems(config, items):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,29 +16,51 @@ from cases import MaskCase, ScoreCase
 from oracle import HALVES, Answer, Arrays, Expected, Index, Problem, Shape, differentiate, expected
 
 import attnjax
+from attnjax.core.devices import gpus
 from attnjax.core.dropout import head_seeds, keep
-from attnjax.kernels import mosaic_tpu, triton, xla
+from attnjax.kernels import mosaic_gpu, mosaic_tpu, triton, xla
+
+# With JAX_PLATFORMS=cuda,cpu (`make test-gpu`) kernels for GPUs are compiled and run there, and nothing is interpreted;
+# the oracle stays on the CPU.
+ON_GPU = jax.default_backend() == "gpu"
 
 # Every implementation is tried on everything: a new kernel joins with one line. The small tiles cut T = 37 and
 # S = 53 into several, with a remainder on both sides.
 IMPLEMENTATIONS = {
     "reference": None,
     "xla": xla.Config(block_q=16, block_k=16),
-    "cpu": None,
+    **({} if ON_GPU else {"cpu": None}),
 }
+TRITON = triton.Config(block_q=16, block_k=16, backward_block_q=16, backward_block_k=16, interpret=not ON_GPU)
 # Kernels for devices that are not here run interpreted: the same numbers, slowly. So they take a part of the table,
 # where that is said, and all of it with --full-cross.
-INTERPRETED = {
-    "triton": triton.Config(block_q=16, block_k=16, backward_block_q=16, backward_block_k=16, interpret=True),
-    "mosaic_tpu": mosaic_tpu.Config(block_q=16, block_k=16, interpret=True),
-}
-EVERY_IMPLEMENTATION = IMPLEMENTATIONS | INTERPRETED
+INTERPRETED = (
+    {} if ON_GPU else {"triton": TRITON, "mosaic_tpu": mosaic_tpu.Config(block_q=16, block_k=16, interpret=True)}
+)
+
+
+def compiled(capabilities: Iterable[str | None], version: tuple[int, ...] = jax.__version_info__) -> dict[str, Any]:
+    """The kernels for GPUs of these compute capabilities, each with its config; cuDNN has cases of its own."""
+    found = {"triton": TRITON} if set(capabilities) else {}
+    if set(capabilities) == {"9.0"} and version >= mosaic_gpu.NEEDS:
+        found["mosaic_gpu"] = None
+    return found
+
+
+EVERY_IMPLEMENTATION = IMPLEMENTATIONS | INTERPRETED | compiled(gpus().values())
 # What an implementation refuses, by dtype or by name of the score, and what it says then. None refuses a mask.
 REFUSED = {
     "cpu": dict.fromkeys(("softcap", "biases"), "soft caps that are Python numbers, not arrays")
     | dict.fromkeys(("function", "function_indices", "function_distance", "function_nonlinear"), "cannot run ScoreFn"),
     "triton": {
         "float64": "takes float32, bfloat16 and float16, not float64",
+        "function_distance": "cannot run this mask or score on its tiles: dynamic_slice of query and key together",
+    },
+    "mosaic_gpu": {
+        "float64": "takes bfloat16 and float16, not float64",
+        "float32": "takes bfloat16 and float16, not float32",
+        "relative": "cannot look up a score by distance inside its tiles",
+        "relative_past": "cannot look up a score by distance inside its tiles",
         "function_distance": "cannot run this mask or score on its tiles: dynamic_slice of query and key together",
     },
     "mosaic_tpu": {
@@ -146,8 +168,14 @@ def mapped_axes(case: Case, inputs: Inputs) -> Inputs:
 
 
 def attend(
-    case: Case, x: Arrays, d: Arrays, implementation: str | None, config: Any = None, block_map: Any = None
-) -> tuple[Any, Any]:
+    case: Case,
+    x: Arrays,
+    d: Arrays,
+    implementation: str | None,
+    config: Any = None,
+    block_map: Any = None,
+    **options: Any,
+) -> Any:
     """attnjax's answer: out and lse."""
     return attnjax.attention(
         x["query"],
@@ -161,7 +189,7 @@ def attend(
         implementation=implementation,
         config=config,
         block_map=block_map,
-        return_lse=True,
+        **{"return_lse": True} | options,
     )
 
 

@@ -36,7 +36,11 @@ MAPPED = Shape(batch=(2, *Shape().batch))  # mapped over 2 with a batch of 3 lef
 FULL, COMBINED = MASKS[0], MASKS[-1]
 NONE, EVERYTHING = SCORES[0], SCORES[-1]
 
+pytestmark = pytest.mark.device
 every_implementation = pytest.mark.parametrize("implementation", EVERY_IMPLEMENTATION)
+every_one_of_float32 = pytest.mark.parametrize(
+    "implementation", [name for name in EVERY_IMPLEMENTATION if "float32" not in REFUSED.get(name, {})]
+)
 
 
 def crossed(everything: bool):
@@ -160,7 +164,7 @@ SUBSETS = {
 }
 
 
-@every_implementation
+@every_one_of_float32
 @pytest.mark.parametrize("axes", SUBSETS.values(), ids=SUBSETS)
 def test_vmap_over_a_subset(axes, implementation):
     """Some arguments mapped, at any axis, the others shared: each example is what a call of its own gives."""
@@ -190,7 +194,7 @@ def test_vmap_over_a_subset(axes, implementation):
         expect(case, inputs).check(jax.tree.map(lambda a, n=n: a[n], got))
 
 
-@every_implementation
+@every_one_of_float32
 def test_vmap_of_vmap(implementation):
     """Two mapped axes and no batch left inside."""
     shape = Shape(batch=(2, 3))
@@ -207,7 +211,7 @@ def test_vmap_of_vmap(implementation):
         expected(problem(case, d), x, tangents, cotangents).check(jax.tree.map(lambda a, at=at: a[at], got))
 
 
-@every_implementation
+@every_one_of_float32
 def test_gradient_of_vmap(implementation):
     """Derivatives outside of vmap: what is shared gets the sum over the examples, in its own shape."""
     case, inner = Case(COMBINED, EVERYTHING, MAPPED), Case(COMBINED, EVERYTHING, MAPPED.inner())

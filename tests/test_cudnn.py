@@ -1,7 +1,7 @@
-"""implementation="cudnn" without a GPU: what it takes and refuses, the calls it writes, and its numbers by a stand-in.
+"""implementation="cudnn": what it takes and refuses, the calls it writes, and its numbers by a stand-in, or on a GPU.
 
 The stand-in does what cuDNN's documentation says for the call it is given, and no more: NaN in the rows that cuDNN is
-free to leave as they are. What it cannot tell is whether cuDNN does it too.
+free to leave as they are. What it cannot tell is whether cuDNN does it too: where JAX has a GPU, cuDNN itself runs.
 """
 
 import json
@@ -14,7 +14,7 @@ import pytest
 from cases import MaskCase, ScoreCase
 from draws import integers, nothing
 from oracle import Index, Shape, worst
-from problems import Case, draw, expect
+from problems import ON_GPU, Case, attend, draw, expect
 
 import attnjax as aj
 from attnjax.attention import build
@@ -245,10 +245,14 @@ SIZES = {"square": (37, 37), "more_keys": (37, 53), "more_queries": (53, 37)}
 
 @pytest.fixture
 def call(monkeypatch):
+    """The stand-in in the place of cuDNN; nothing where there is a GPU."""
+    if ON_GPU:
+        return
     monkeypatch.setattr(jax.ffi, "ffi_call", stand_in)
     monkeypatch.setattr(cudnn, "_unsupported_device", lambda problem: None)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("mask", MASKS, ids=repr)
 @pytest.mark.parametrize("lengths", SIZES.values(), ids=SIZES)
 def test_numbers_of_the_stand_in(mask, lengths, call):
@@ -286,6 +290,29 @@ def test_numbers_of_the_stand_in(mask, lengths, call):
         assert worst(gradient, plain.answer.gradients[name]) <= plain.allowed.gradients[name], name
 
 
+@pytest.mark.device
+@pytest.mark.skipif(not ON_GPU, reason="cuDNN itself needs a GPU: make test-gpu")
+@pytest.mark.parametrize("mapped", [False, True], ids=["plain", "vmap"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("mask", MASKS, ids=repr)
+def test_attention_by_name(mask, dtype, mapped):
+    """The whole way of a call: output and gradients under jit, and under vmap with a batch left inside."""
+    case = Case(mask, PLAIN, Shape((2, 2), 37, 53, N, K, H, H))
+    inputs = draw(case, dtype)
+    inputs = inputs._replace(cotangents=(inputs.cotangents[0], jnp.zeros_like(inputs.cotangents[1])))
+
+    def solve(x, d, cotangent):
+        out, pull = jax.vjp(lambda x: attend(case, x, d, "cudnn", return_lse=False), x)
+        return out, *pull(cotangent)
+
+    axes = {name: 0 for name in inputs.x}, {name: 0 for name in inputs.d}, 0
+    out, gradients = jax.jit(jax.vmap(solve, in_axes=axes) if mapped else solve)(
+        inputs.x, inputs.d, inputs.cotangents[0]
+    )
+    want = expect(case, inputs)
+    want.check(want.answer._replace(out=out, gradients=gradients))
+
+
 def _pairs(shape):
     return shape.B, shape.N, shape.T, shape.S
 
@@ -295,6 +322,7 @@ def _poisoned(x, some, shape):
     return jnp.where(some.reshape(*shape.batch, -1)[..., None, None], x, jnp.nan).astype(x.dtype)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("mask", [m for m in MASKS if m.name not in ("lengths", "causal_lengths", "no_keys")], ids=repr)
 def test_the_stand_in_is_what_jax_makes_of_the_same_words(mask, call):
     """jax.nn's own attention, given the words that the mask was put into, agrees with the stand-in given the call."""
@@ -320,6 +348,7 @@ def test_the_stand_in_is_what_jax_makes_of_the_same_words(mask, call):
     )
 
 
+@pytest.mark.device
 def test_one_array_for_all_batch_entries(call):
     """Keys and values that the batch shares: their gradients are summed over it."""
     rng = np.random.default_rng(0)

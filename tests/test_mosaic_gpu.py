@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from cases import MASKS, SCORE_VARIANTS, SCORES, VARIANTS
 from oracle import Shape
-from problems import Case, draw, expect, poison
+from problems import EVERY_IMPLEMENTATION, ON_GPU, Case, draw, expect, poison
 
 import attnjax as aj
 from attnjax.attention import build
@@ -19,8 +19,9 @@ from attnjax.core.softmax import log_sum_exp
 from attnjax.kernels import mosaic_gpu
 
 newest = pytest.mark.skipif(
-    jax.__version_info__ < mosaic_gpu._NEEDS, reason="mosaic_gpu needs jax 0.11.2: it has no interpreter before"
+    jax.__version_info__ < mosaic_gpu.NEEDS, reason="mosaic_gpu needs jax 0.11.2: it has no interpreter before"
 )
+hopper = pytest.mark.skipif(ON_GPU and "mosaic_gpu" not in EVERY_IMPLEMENTATION, reason="mosaic_gpu is for Hopper")
 # JAX's interpreter of these kernels waits in XLA's threads, and waits forever where there are too few of them: so what
 # is interpreted runs when it is asked for, NPROC=16 pytest --interpret-mosaic-gpu tests/test_mosaic_gpu.py
 pytestmark = pytest.mark.usefixtures("asked_for")
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("asked_for")
 def asked_for(request):
     """Skips what would be interpreted, unless that is asked for."""
     interpreted = request.node.name.split("[")[0] in INTERPRETED
-    if interpreted and not request.config.getoption("--interpret-mosaic-gpu"):
+    if interpreted and not ON_GPU and not request.config.getoption("--interpret-mosaic-gpu"):
         pytest.skip("interpreted Mosaic GPU kernels need many threads: NPROC=16 pytest --interpret-mosaic-gpu")
 
 
@@ -57,7 +58,7 @@ def problem_of(case, inputs, config=None):
         sinks=x.get("sinks"),
         dropout=aj.Dropout(*dropout) if dropout else None,
     )
-    return dataclasses.replace(given, config=config or mosaic_gpu.Config(interpret=True)), operands
+    return dataclasses.replace(given, config=config or mosaic_gpu.Config(interpret=not ON_GPU)), operands
 
 
 def agrees(case, dtype, config=None):
@@ -73,12 +74,16 @@ def agrees(case, dtype, config=None):
 
 
 @newest
+@hopper
+@pytest.mark.device
 @pytest.mark.parametrize("mask", [*MASKS, *VARIANTS], ids=repr)
 def test_masks(mask):
     agrees(Case(mask, NONE), "bfloat16")
 
 
 @newest
+@hopper
+@pytest.mark.device
 @pytest.mark.parametrize("score", [s for s in (*SCORES[1:], *SCORE_VARIANTS) if s.name not in REFUSED], ids=repr)
 def test_scores(score):
     agrees(Case(FULL, score), "float16")
@@ -97,6 +102,8 @@ SHAPES = {
 
 
 @newest
+@hopper
+@pytest.mark.device
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes(shape):
     score = EVERYTHING if shape.batch != (0,) and shape.S else NONE
@@ -104,12 +111,14 @@ def test_shapes(shape):
 
 
 CONFIGS = {
-    "narrow": mosaic_gpu.Config(block_k=64, stages=2, interpret=True),
-    "wide": mosaic_gpu.Config(block_k=128, stages=4, interpret=True),
+    "narrow": mosaic_gpu.Config(block_k=64, stages=2, interpret=not ON_GPU),
+    "wide": mosaic_gpu.Config(block_k=128, stages=4, interpret=not ON_GPU),
 }
 
 
 @newest
+@hopper
+@pytest.mark.device
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_configs(config):
     """More blocks than there is room for at once, so that places in shared memory are used again."""
@@ -117,6 +126,8 @@ def test_configs(config):
 
 
 @newest
+@hopper
+@pytest.mark.device
 def test_operands_that_a_batch_shares():
     """As under `vmap` with some arguments not mapped: batch axes of size 1."""
     inputs = draw(Case(FULL, NONE, Shape(batch=(3,))), "bfloat16")
@@ -147,7 +158,7 @@ REFUSALS = {
 def test_refusals_name_one_that_can(case, monkeypatch):
     """An error where it is asked for by name."""
     change, options, text = REFUSALS[case]
-    monkeypatch.setattr(mosaic_gpu, "_NEEDS", (99, 0, 0) if case == "old" else (0, 0, 0))
+    monkeypatch.setattr(mosaic_gpu, "NEEDS", (99, 0, 0) if case == "old" else (0, 0, 0))
     x = jax.ShapeDtypeStruct(change.get("shape", X.shape), change.get("dtype", X.dtype))
     text = text.replace("0.11.2", "99.0.0")
     with pytest.raises(NotImplementedError, match=f"'mosaic_gpu' cannot: {text}.*xla.* can"):
@@ -155,7 +166,7 @@ def test_refusals_name_one_that_can(case, monkeypatch):
 
 
 def test_it_runs_on_hopper_only(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "_NEEDS", (0, 0, 0))
+    monkeypatch.setattr(mosaic_gpu, "NEEDS", (0, 0, 0))
     for kind, able in (("NVIDIA H200", True), ("NVIDIA A100-SXM4-80GB", False), ("something new", True)):
         device = jax.sharding.AbstractDevice(device_kind=kind, platform="gpu", num_cores=132)
         given, operands = build(X, X, X)
@@ -178,7 +189,7 @@ def test_configs_that_are_wrong(wrong, text):
 
 
 def test_it_runs_where_it_is_named_and_nowhere_else(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "_NEEDS", (0, 0, 0))
+    monkeypatch.setattr(mosaic_gpu, "NEEDS", (0, 0, 0))
     explain = functools.partial(aj.explain, X, X, X, mask=aj.Causal(), platform="cuda")
     assert explain().choices["forward"].name != "mosaic_gpu"
     assert "not yet measured" in explain().choices["forward"].reasons["mosaic_gpu"]

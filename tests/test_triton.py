@@ -1,6 +1,7 @@
 """The Triton kernels beyond the table of cases: refusals, sizes of tiles, decoding, odd shapes, determinism, lowering.
 
-What is computed is computed interpreted here. That the kernels compile for GPUs without spilling is in tests/aot.
+What is computed is computed interpreted, and compiled where JAX has a GPU: that is marked "device". That the kernels
+compile for GPUs without spilling is in tests/aot.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import pytest
 from cases import MASKS, SCORES
 from jax import export
 from oracle import Shape
-from problems import INTERPRETED, Case, draw, expect, solver
+from problems import ON_GPU, TRITON, Case, draw, expect, solver
 
 import attnjax as aj
 from attnjax import tuning
@@ -26,7 +27,7 @@ from attnjax.core.visits import Lists, visits
 from attnjax.kernels import triton, xla
 from attnjax.kernels.triton import Config
 
-SMALL = INTERPRETED["triton"]
+SMALL = TRITON
 FULL, CAUSAL, COMBINED = MASKS[0], MASKS[1], MASKS[-1]
 NONE, EVERYTHING = SCORES[0], SCORES[-1]
 
@@ -115,9 +116,10 @@ CONFIGS = {
 }
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_configs(config):
-    agrees(Case(COMBINED, EVERYTHING), Config(**config, interpret=True))
+    agrees(Case(COMBINED, EVERYTHING), Config(**config, interpret=not ON_GPU))
 
 
 SHAPES = {
@@ -132,6 +134,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("splits", [None, 3])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes(shape, splits):
@@ -139,6 +142,7 @@ def test_shapes(shape, splits):
     agrees(Case(COMBINED, EVERYTHING, shape), dataclasses.replace(SMALL, splits=splits))
 
 
+@pytest.mark.device
 def test_a_decoded_token_is_a_row_of_the_whole():
     """Grouped heads in one tile and keys in parts: the same as the last query among others."""
     rng = np.random.default_rng(0)
@@ -149,6 +153,7 @@ def test_a_decoded_token_is_a_row_of_the_whole():
     np.testing.assert_allclose(aj.attention(q[:, -1:], k, v, **options), whole[:, -1:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.device
 def test_the_same_bits_again():
     """Twice the same; and other blocks of queries change nothing in a row, whose keys come in the same order."""
     case = Case(CAUSAL, EVERYTHING)
@@ -157,17 +162,18 @@ def test_the_same_bits_again():
     jax.tree.map(np.testing.assert_array_equal, run(*inputs), run(*inputs))
 
 
+@pytest.mark.device
 def test_a_block_map_that_was_given():
     """It is cut to the kernel's own blocks, also where its blocks are no powers of 2."""
     q, k, v = arrays(t=100, s=100)
     for block_q, block_k in ((48, 32), (128, 16), (16, 100)):
         block_map = aj.BlockMap.build(aj.Window(20, 0), 100, 100, block_q=block_q, block_k=block_k)
         run = lambda **options: aj.attention(q, k, v, mask=aj.Window(20, 0), **options)
-        got = run(block_map=block_map, config=Config(interpret=True))
+        config = Config(interpret=not ON_GPU)
+        got = run(block_map=block_map, config=config)
         np.testing.assert_allclose(got, run(implementation="reference"), rtol=1e-5, atol=1e-6)
-        found = aj.explain(
-            q, k, v, mask=aj.Window(20, 0), block_map=block_map, config=Config(interpret=True), platform="cpu"
-        )
+        platform = "cuda" if ON_GPU else "cpu"
+        found = aj.explain(q, k, v, mask=aj.Window(20, 0), block_map=block_map, config=config, platform=platform)
         assert (found.blocks.block_q, found.blocks.block_k) == (min(block_q, 100), min(block_k, 100))
 
 

@@ -40,7 +40,7 @@ _ROWS = _GROUP_ROWS * _GROUPS
 _MULTIPLE = 64  # of head sizes: a row of 128 bytes in shared memory
 _MOST_SIZE = 256
 _SHARED = 227 * 1024  # bytes of shared memory that a program may have on Hopper
-_NEEDS = (0, 11, 2)  # of jax: an interpreter of these kernels, and the meaning of operations that they are written in
+NEEDS = (0, 11, 2)  # of jax: an interpreter of these kernels, and the meaning of operations that they are written in
 _HOPPER = "NVIDIA H100 80GB HBM3"
 
 
@@ -75,8 +75,8 @@ def unsupported(problem: Problem, operands: list[Any], platform: str, part: str)
         return "has a forward only"
     if config is not None and not isinstance(config, Config):
         return "config is not one of mosaic_gpu"
-    if jax.__version_info__ < _NEEDS:
-        return f"needs jax {'.'.join(map(str, _NEEDS))} or newer, this is {jax.__version__}"
+    if jax.__version_info__ < NEEDS:
+        return f"needs jax {'.'.join(map(str, NEEDS))} or newer, this is {jax.__version__}"
     if platform != "cuda":
         return f"runs on Hopper GPUs only, not on {platform}"
     if problem.dtype not in ("bfloat16", "float16"):
