@@ -20,7 +20,7 @@ STEPS = [
     {"core.checks"},
     {"core.tiles"},
     {"masks", "scores", "core.program", "core.sides", "core.residual"},
-    {"core.blocks", "core.tables", "core.split", "core.sharding"},
+    {"core.blocks", "core.placed", "core.tables", "core.split", "core.sharding"},
     {"tuning"},
     {"core.visits", "core.view"},
     {"core.steps", "core.parts"},
@@ -31,7 +31,7 @@ STEPS = [
     {"core.dispatch"},
     {"core.transforms"},
     {"attention"},
-    {"explain"},
+    {"explain", "cache"},
     {"bench"},
     {""},  # the door
 ]

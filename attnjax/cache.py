@@ -1,0 +1,285 @@
+"""`KVCache`: the keys and values of the tokens so far, so that the next ones need not compute them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Float, Int
+
+from attnjax.attention import attention
+from attnjax.core.node import describe
+from attnjax.core.placed import placed
+from attnjax.masks import Causal, Mask, Window, as_mask
+from attnjax.scores import Score, as_scores
+
+Array = jax.Array
+
+_NOWHERE = -(2**30)  # where a slot without token stands: before all that any window reaches
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("key", "value", "length", "key_scale", "value_scale"),
+    meta_fields=("window",),
+)
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of a fixed capacity, and how many tokens each row holds: a pytree, never changed in place.
+
+    `attend` does what a layer needs: it appends the new tokens and lets their queries see all that is held, causally. A
+    whole sequence in one call, in several, or token by token gives the same numbers, to rounding. Rows may have
+    different lengths. Donate the cache to a compiled step (`jax.jit(step, donate_argnames="cache")`), and its memory is
+    written to in place.
+
+    Where more tokens come than there is room for, an error is raised while lengths are known, outside of `jit`; under
+    `jit` the output of such rows is NaN.
+
+    Attributes:
+      key: `[*B, S, K, H]`, value: `[*B, S, K, V]`; S is the capacity. All leaves have the batch axes in front, so that
+        rows are picked by `jax.tree.map(lambda x: x[rows], cache)`.
+      length: int32 `[*B]`, the number of tokens so far.
+      key_scale, value_scale: float32 `[*B, S, K]` where int8 is stored, else `None`.
+      window: tokens before its own that a query sees; `None` is all. With a window the cache is a ring: new tokens take
+        the place of those that no query will see again, and any number of them may come.
+    """
+
+    key: Array
+    value: Array
+    length: Array
+    key_scale: Array | None = None
+    value_scale: Array | None = None
+    window: int | None = None
+
+    @classmethod
+    def create(
+        cls,
+        batch: int | tuple[int, ...],
+        capacity: int,
+        key_heads: int,
+        head_size: int,
+        *,
+        value_size: int | None = None,
+        dtype: Any = jnp.float32,
+        window: int | None = None,
+    ) -> KVCache:
+        """An empty cache.
+
+        Args:
+          batch: `*B`, a size or several.
+          capacity: S, the most tokens that a row can hold; with a window at least window + 1.
+          key_heads: K; head_size: H; value_size: V, default H.
+          dtype: what is stored; int8 takes a quarter of float32, with a scale for each token and head.
+          window: how many tokens before its own a query sees; `None` is all.
+
+        Raises:
+          TypeError, ValueError: arguments that do not fit.
+
+        Example:
+          >>> import jax
+          >>> from attnjax import KVCache
+          >>> cache = KVCache.create(batch=2, capacity=16, key_heads=4, head_size=8)
+          >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 4, 8))
+          >>> out, cache = cache.attend(q, k, v)
+          >>> out.shape, cache.length.tolist()
+          ((2, 5, 4, 8), [5, 5])
+        """
+        batch = (batch,) if isinstance(batch, int) else tuple(batch)
+        value_size = head_size if value_size is None else value_size
+        sizes = {"capacity": capacity, "key_heads": key_heads, "head_size": head_size, "value_size": value_size}
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+                raise ValueError(f"KVCache: {name} must be an integer of at least 1, got {size!r}.")
+        dtype = jnp.dtype(dtype)
+        if dtype != jnp.int8 and not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 2):
+            raise TypeError(f"KVCache: dtype must be float64, float32, bfloat16, float16 or int8, got {dtype.name}.")
+        if window is not None:
+            if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 0:
+                raise ValueError(f"KVCache: window must be an integer of at least 0 or None, got {window!r}.")
+            if capacity < window + 1:
+                raise ValueError(
+                    f"KVCache: capacity must be at least window + 1 = {window + 1}, got {capacity}: a query sees "
+                    f"its own token and {window} before it."
+                )
+        scale = jnp.zeros((*batch, capacity, key_heads), jnp.float32) if dtype == jnp.int8 else None
+        rows = (*batch, capacity, key_heads)
+        return cls(
+            key=jnp.zeros((*rows, head_size), dtype),
+            value=jnp.zeros((*rows, value_size), dtype),
+            length=jnp.zeros(batch, jnp.int32),
+            key_scale=scale,
+            value_scale=None if scale is None else jnp.zeros_like(scale),
+            window=window,
+        )
+
+    @property
+    def capacity(self) -> int:
+        """S, the number of tokens that a row has room for."""
+        return self.key.shape[-3]
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """*B, the batch axes."""
+        return tuple(self.key.shape[:-3])
+
+    def positions(self, count: int) -> Int[Array, "*B T"]:
+        """Where the next `count` tokens stand in their rows: what positional embeddings want. int32 `[*B, count]`."""
+        return self.length[..., None] + np.arange(count, dtype=np.int32)
+
+    def append(
+        self, key: Float[Array, "*B T K H"], value: Float[Array, "*B T K V"], lengths: Int[Array, "*B"] | None = None
+    ) -> KVCache:
+        """The cache with T more tokens.
+
+        Args:
+          key: `[*B, T, K, H]`, value: `[*B, T, K, V]`; stored in the cache's dtype.
+          lengths: integers `[*B]`, how many of the T are tokens; those behind are padding and dropped. Default: all.
+
+        Raises:
+          ValueError: shapes that do not fit the cache, and more tokens than it has room for.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from attnjax import KVCache
+          >>> cache = KVCache.create(batch=2, capacity=16, key_heads=4, head_size=8)
+          >>> cache.append(jnp.ones((2, 3, 4, 8)), jnp.ones((2, 3, 4, 8)), lengths=jnp.array([3, 1])).length.tolist()
+          [3, 1]
+        """
+        self._check(key, value, lengths)
+        count = key.shape[-3]
+        added = jnp.int32(count) if lengths is None else lengths.astype(jnp.int32)
+        length = self.length + added
+        if self.window is None and not isinstance(length, Tracer) and (length > self.capacity).any():
+            raise ValueError(
+                f"KVCache: {int(length.max())} tokens are more than its capacity of {self.capacity}: create it with "
+                "capacity=, or with window= where only the last ones are seen."
+            )
+        slots = self.positions(count)
+        if self.window is not None:  # of the new ones, only the last have room
+            slots = jnp.where(slots >= (length - self.capacity)[..., None], slots % self.capacity, self.capacity)
+        if lengths is not None:
+            real = np.arange(count, dtype=np.int32) < added[..., None]
+            slots = jnp.where(real, slots, self.capacity)
+        new = {"length": length}
+        for name, x in (("key", key), ("value", value)):
+            held, scale = getattr(self, name), getattr(self, f"{name}_scale")
+            if scale is not None:
+                x, x_scale = _quantized(x)
+                new[f"{name}_scale"] = _written(scale, x_scale, slots)
+            new[name] = _written(held, x.astype(held.dtype), slots)
+        return dataclasses.replace(self, **new)
+
+    def attend(
+        self,
+        query: Float[Array, "*B T N H"],
+        key: Float[Array, "*B T K H"],
+        value: Float[Array, "*B T K V"],
+        *,
+        lengths: Int[Array, "*B"] | None = None,
+        mask: Mask | Array | None = None,
+        score: Score | tuple[Score, ...] | None = None,
+        **options: Any,
+    ) -> tuple[Array, KVCache]:
+        """Appends T tokens; their queries see them, up to their own, and all that were held before.
+
+        Args:
+          query: `[*B, T, N, H]`; key, value, lengths: as in `append`.
+          mask: who else may not see whom. Masks and scores are those of the whole sequence: `Window(255, 0)` or `ALiBi`
+            mean the same as in one call for all tokens. Arrays by query and key (Segments, Dense, Bias) are for these T
+            queries and the S slots of the cache.
+          options: those of `attention`: scale, sinks, implementation, config, return_lse.
+
+        Returns:
+          What `attention` gives for the T queries, and the new cache. What padding gives means nothing.
+
+        Raises:
+          ValueError: as `append`. NotImplementedError: an array by key, where the cache has a window.
+        """
+        cache = self.append(key, value, lengths)
+        keys, values, places = self._seen(cache, key, value, lengths, query.dtype)
+        place = functools.partial(placed, batch=self.batch, start=self.length, keys=places)
+        causal = Causal() if self.window is None else Window(self.window, 0)
+        mask = causal if mask is None else causal & as_mask(mask)
+        scores = tuple(place(s) for s in as_scores(score))
+        made = attention(query, keys, values, mask=place(mask), score=scores, **options)
+        if self.window is None:  # a row that is too long must not look like one that is not
+            made = jax.tree.map(functools.partial(_where_room, cache.length <= self.capacity), made)
+        return made, cache
+
+    def _seen(self, cache: KVCache, key: Array, value: Array, lengths: Array | None, dtype: Any) -> Any:
+        """Keys, values, and where they stand (`None`: in order from 0), given the cache before and after the new ones.
+
+        A ring is looked at before several tokens are written into it, for their places may be those of tokens that the
+        first of them still see.
+        """
+        if self.window is None:
+            return *cache._floats(dtype), None
+        count = key.shape[-3]
+        if count == 1 and lengths is None:
+            return *cache._floats(dtype), cache._places()
+        own = self.positions(count)
+        if lengths is not None:
+            own = jnp.where(np.arange(count, dtype=np.int32) < lengths[..., None], own, _NOWHERE)
+        held = self._floats(dtype)
+        keys, values = (jnp.concatenate([x, new.astype(dtype)], -3) for x, new in zip(held, (key, value), strict=True))
+        return keys, values, jnp.concatenate([self._places(), own], -1)
+
+    def _places(self) -> Int[Array, "*B S"]:
+        """Where the token in each slot of a ring stands: the last one that fell there."""
+        slots = np.arange(self.capacity, dtype=np.int32)
+        last = self.length[..., None] - 1
+        places = last - (last - slots) % self.capacity
+        return jnp.where(places >= 0, places, _NOWHERE)
+
+    def _floats(self, dtype: Any) -> tuple[Array, Array]:
+        """What is stored, as floats."""
+        if self.key_scale is None or self.value_scale is None:
+            return self.key.astype(dtype), self.value.astype(dtype)
+        whole = lambda x, scale: (x.astype(jnp.float32) * scale[..., None]).astype(dtype)
+        return whole(self.key, self.key_scale), whole(self.value, self.value_scale)
+
+    def _check(self, key: Any, value: Any, lengths: Any) -> None:
+        """Shapes and types of what is appended."""
+        held = f"{describe(self.key)} and {describe(self.value)}"
+        given = f"key {describe(key)}, value {describe(value)}; the cache holds {held}."
+        for name, x, held in (("key", key, self.key), ("value", value, self.value)):
+            if x.ndim != held.ndim or x.shape[:-3] != held.shape[:-3] or x.shape[-2:] != held.shape[-2:]:
+                raise ValueError(f"KVCache: {name} must be [*B, T, heads, size] with the sizes of the cache. {given}")
+        if key.shape[-3] != value.shape[-3]:
+            raise ValueError(f"KVCache: key and value must have as many tokens as each other. {given}")
+        if lengths is not None and (
+            not jnp.issubdtype(lengths.dtype, jnp.integer) or tuple(lengths.shape) != self.batch
+        ):
+            raise ValueError(f"KVCache: lengths must be integers {list(self.batch)}, got {describe(lengths)}.")
+
+
+def _written(held: Array, new: Array, slots: Array) -> Array:
+    """`held` [*B, S, ...] with `new` [*B, T, ...] at `slots` [*B, T]; what has no slot is dropped."""
+    n = slots.ndim - 1
+    if math.prod(slots.shape) == 1:  # one token: plainly a slice that is written in place
+        start = (0,) * n + (jnp.minimum(slots.reshape(()), held.shape[n] - 1),) + (0,) * (held.ndim - n - 1)
+        inside = slots.reshape(()) < held.shape[n]
+        return lax.dynamic_update_slice(held, jnp.where(inside, new, lax.dynamic_slice(held, start, new.shape)), start)
+    write = lambda held, new, slots: held.at[slots].set(new, mode="drop")
+    for _ in range(n):
+        write = jax.vmap(write)
+    return write(held, new, slots)
+
+
+def _quantized(x: Array) -> tuple[Array, Array]:
+    """int8 of the same shape, and what each token and head is to be multiplied by."""
+    scale = jnp.abs(x).max(-1).astype(jnp.float32) / 127
+    steps = x.astype(jnp.float32) / jnp.where(scale > 0, scale, 1)[..., None]
+    return jnp.round(steps).astype(jnp.int8), scale
+
+
+def _where_room(room: Array, x: Array) -> Array:
+    """`x` [*B, ...] in rows that have room, NaN in others."""
+    return jnp.where(room.reshape(*room.shape, *(1,) * (x.ndim - room.ndim)), x, jnp.asarray(jnp.nan, x.dtype))
