@@ -37,7 +37,7 @@ _OF_THE_CALL = (Segments, Permutation, Dense, Bias)  # their arrays tell of thes
 def placed(node: Any, batch: tuple[int, ...], start: Array, keys: Array | None = None) -> Any:
     """The node for queries that stand at start, start + 1, ... among keys that stand at `keys`.
 
-    Rules of positions (Causal, Window, Prefix, Where, ALiBi ...) are moved; "aligned to the end" then means nothing more
+    Rules of positions (Causal, Window, Prefix, Where, ALiBi ...) are moved; "aligned to the end" then means no more
     than aligned, for the last query of all is the last key. Arrays by query and key (Segments, Dense, Bias) are those
     of the call.
 
