@@ -32,6 +32,9 @@ STEPS = [
     {"core.transforms"},
     {"attention"},
     {"explain", "cache"},
+    {"models.sampling", "models.checkpoint"},
+    {"models.generate"},
+    {"models"},
     {"bench"},
     {""},  # the door
 ]
