@@ -1,0 +1,176 @@
+"""From positions and images to vectors. Token embeddings are Flax's own `nnx.Embed`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from attnjax.core.node import describe, is_array
+from attnjax.nn.checks import check_size
+from attnjax.nn.layers import Projection, default_bias_init, default_embedding_init, default_kernel_init, named
+from attnjax.positions import sinusoidal_frequencies
+
+Array = jax.Array
+
+
+class LearnedPositions(nnx.Module):
+    """A learned vector for each position.
+
+    Args:
+      length: how many positions there are.
+      features: size of each vector.
+      dtype: of the result; default param_dtype.
+      param_dtype: of the parameter `embedding [length, features]`.
+      embedding_init: initializer.
+      rngs: `nnx.Rngs` with the stream "params".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from attnjax.nn import LearnedPositions
+      >>> LearnedPositions(128, 64, rngs=nnx.Rngs(0))(jnp.arange(16)).shape
+      (16, 64)
+    """
+
+    def __init__(
+        self,
+        length: int,
+        features: int,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        embedding_init: Callable = default_embedding_init,
+        rngs: nnx.Rngs,
+    ) -> None:
+        for argument, size in dict(length=length, features=features).items():
+            check_size("LearnedPositions", argument, size)
+        self.length, self.dtype = length, dtype or param_dtype
+        made = embedding_init(rngs.params(), (length, features), param_dtype)
+        self.embedding = nnx.Param(made, **named(None, "embed"))
+
+    def __call__(self, positions: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        """The vectors of positions: integers `[*B, T]` to `[*B, T, features]`; NaN for positions that do not exist.
+
+        Raises:
+          TypeError: positions that are not integers.
+          ValueError: more positions in a row than there are.
+        """
+        _check_positions("LearnedPositions", positions)
+        if positions.ndim and positions.shape[-1] > self.length:
+            raise ValueError(
+                f"attnjax.nn.LearnedPositions: positions are {describe(positions)}, and there are {self.length}."
+            )
+        return jnp.take(self.embedding[...].astype(self.dtype), positions, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+class SinusoidalPositions(nnx.Module):
+    """The fixed vectors of positions of the first Transformer, as in `attnjax.positions.sinusoidal`.
+
+    Args:
+      features: size of each vector, even.
+      dtype: of the result.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from attnjax.nn import SinusoidalPositions
+      >>> SinusoidalPositions(64)(jnp.arange(16)).shape
+      (16, 64)
+    """
+
+    def __init__(self, features: int, *, dtype: Any = jnp.float32) -> None:
+        self.features, self.dtype = features, dtype
+        sinusoidal_frequencies(features)
+
+    def __call__(self, positions: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
+        """The vectors of positions: integers `[*B, T]` to `[*B, T, features]`."""
+        _check_positions("SinusoidalPositions", positions)
+        frequencies = jnp.asarray(sinusoidal_frequencies(self.features), jnp.float32)
+        angles = jnp.asarray(positions)[..., None].astype(jnp.float32) * frequencies
+        table = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        return table.reshape(*angles.shape[:-1], self.features).astype(self.dtype)
+
+
+class PatchEmbedding(nnx.Module):
+    """Cuts images into patches, row by row, and makes a vector of each.
+
+    Args:
+      patch_size: height and width of a patch: an integer, or two.
+      channels: C.
+      features: size of each vector.
+      use_bias: of the projection.
+      dtype: of the computation; default: that of the images and parameters.
+      param_dtype: of the parameters `projection.kernel [height, width, channels, features]` and `projection.bias`.
+      kernel_init, bias_init: initializers.
+      rngs: `nnx.Rngs` with the stream "params".
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from attnjax.nn import PatchEmbedding
+      >>> PatchEmbedding(4, 3, 64, rngs=nnx.Rngs(0))(jnp.ones((2, 32, 32, 3))).shape
+      (2, 64, 64)
+
+    References:
+      Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, section 3.1.
+    """
+
+    def __init__(
+        self,
+        patch_size: int | tuple[int, int],
+        channels: int,
+        features: int,
+        *,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Callable = default_kernel_init,
+        bias_init: Callable = default_bias_init,
+        rngs: nnx.Rngs,
+    ) -> None:
+        height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        for argument, size in dict(patch_size=min(height, width), channels=channels, features=features).items():
+            check_size("PatchEmbedding", argument, size)
+        self.patch_size, self.channels = (height, width), channels
+        self.projection = Projection(
+            (height, width, channels),
+            (features,),
+            axes=(None, None, None, "embed"),
+            use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            rngs=rngs,
+        )
+
+    def __call__(self, images: Float[Array, "*B height width C"]) -> Float[Array, "*B S D"]:
+        """Images `[*B, height, width, channels]` to `[*B, patches, features]`.
+
+        Raises:
+          TypeError: images that are not floats.
+          ValueError: other channels, or sizes that are no multiples of the patch.
+        """
+        name, (height, width) = "attnjax.nn.PatchEmbedding", self.patch_size
+        if not is_array(images) or not jnp.issubdtype(images.dtype, jnp.floating):
+            raise TypeError(f"{name}: images must be an array of floats, got {describe(images)}.")
+        shape = images.shape[-3:]
+        if len(shape) < 3 or shape[2] != self.channels or shape[0] % height or shape[1] % width:
+            raise ValueError(
+                f"{name}: images must be [*B, height, width, {self.channels}], their height a multiple of {height} and "
+                f"their width of {width}; got {describe(images)}."
+            )
+        *batch, rows, columns, channels = images.shape
+        rows, columns = rows // height, columns // width
+        patches = images.reshape(*batch, rows, height, columns, width, channels)
+        patches = jnp.swapaxes(patches, -4, -3).reshape(*batch, rows * columns, height, width, channels)
+        return self.projection(patches)
+
+
+def _check_positions(name: str, positions: Any) -> None:
+    if not is_array(positions) or not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"attnjax.nn.{name}: positions must be an array of integers, got {describe(positions)}.")

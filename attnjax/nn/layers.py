@@ -1,0 +1,117 @@
+"""What all modules are made of: projections, norms, and the logical names of parameters' axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.core import meta, spmd
+
+from attnjax.nn.checks import check_name
+
+Array = jax.Array
+
+default_kernel_init = nnx.initializers.lecun_normal()
+default_bias_init = nnx.initializers.zeros_init()
+default_table_init = nnx.initializers.normal(1.0)
+default_embedding_init = nnx.initializers.normal(0.02)
+
+NORMS = {"layer": nnx.LayerNorm, "rms": nnx.RMSNorm}
+
+
+def named(*axes: str | None) -> dict[str, Any]:
+    """Metadata of a parameter with these logical axis names.
+
+    They say where it may be divided; `nnx.get_partition_spec` reads them. A parameter is placed as soon as it is made
+    where both a mesh (`jax.set_mesh`) and rules (`nnx.logical_axis_rules`) are given; otherwise nothing changes.
+    """
+    placed = bool(spmd.get_logical_axis_rules()) and meta.global_mesh_defined()
+    return {"out_sharding": axes, "eager_sharding": placed}
+
+
+class Projection(nnx.Module):
+    """A linear map of the last axes: `[..., *inputs]` to `[..., *outputs]`.
+
+    It is one product of matrices; only the parameter has more axes, as in `nnx.LinearGeneral`.
+
+    Attributes:
+      kernel: `[*inputs, *outputs]`.
+      bias: `[*outputs]`, or `None`.
+    """
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        axes: tuple[str | None, ...],
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Callable = default_kernel_init,
+        bias_init: Callable = default_bias_init,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.inputs, self.outputs, self.dtype = inputs, outputs, dtype
+        shape = (math.prod(inputs), math.prod(outputs))
+        self.kernel = _parameter(kernel_init(rngs.params(), shape, param_dtype), (*inputs, *outputs), axes)
+        self.bias: nnx.Param | None = nnx.data(None)
+        if use_bias:
+            made = bias_init(rngs.params(), shape[1:], param_dtype)
+            self.bias = _parameter(made, outputs, axes[len(inputs) :])
+
+    def __call__(self, x: Array) -> Array:
+        kernel = self.kernel[...]
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = promote(x, kernel, bias, dtype=self.dtype)
+        outer = x.shape[: x.ndim - len(self.inputs)]
+        size = math.prod(self.inputs)
+        y = x.reshape(*outer, size) @ kernel.reshape(size, -1)
+        if bias is not None:
+            y = y + bias.reshape(-1)
+        return y.reshape(*outer, *self.outputs)
+
+
+def _parameter(made: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """The parameter; an initializer that brings metadata of its own (`nnx.with_partitioning`) keeps it."""
+    if isinstance(made, nnx.VariableMetadata):
+        made.raw_value = made.raw_value.reshape(shape)
+        return nnx.Param(made)
+    return nnx.Param(made.reshape(shape), **named(*axes))
+
+
+def promote(*arrays: Array | None, dtype: Any) -> list[Any]:
+    """All arrays in `dtype`; `None` is the type that they promote to."""
+    if dtype is None:
+        dtype = jnp.result_type(*(x for x in arrays if x is not None))
+    return [None if x is None else x.astype(dtype) for x in arrays]
+
+
+def make_norm(
+    module: str,
+    argument: str,
+    kind: str,
+    size: int,
+    *,
+    axis: str = "embed",
+    epsilon: float = 1e-6,
+    use_bias: bool = True,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> Any:
+    """Flax's `nnx.LayerNorm` ("layer") or `nnx.RMSNorm` ("rms") of the last axis.
+
+    Raises:
+      ValueError: another name; `module` and `argument` say whose.
+    """
+    check_name(module, argument, kind, NORMS)
+    shared: dict[str, Any] = dict(epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    shared["scale_metadata"] = named(axis)
+    if kind == "rms":
+        return nnx.RMSNorm(size, **shared)
+    return nnx.LayerNorm(size, use_bias=use_bias, bias_metadata=named(axis), **shared)
