@@ -77,21 +77,64 @@ def attention_bytes(query: Any, key: Any, value: Any) -> dict[str, int]:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Queue:
+    """A run of a device that works while the program goes on, such as a GPU: runs in a row are waited for once.
+
+    A sample of several then tells how long the device takes, without what a call and its waiting cost the program, as
+    long as a run takes longer there than its call takes here. Called, it does the work once and waits.
+
+    Attributes:
+      start: queues the work and returns; what it returns is given to `wait`.
+      wait: returns when that is done, and so all that was queued before: a device works in order.
+    """
+
+    start: Callable[[], Any]
+    wait: Callable[[Any], Any]
+
+    def __call__(self) -> None:
+        self.wait(self.start())
+
+
+def awaited(start: Callable[[], Any]) -> Run:
+    """A call of something compiled by JAX as a run: a `Queue`, but on CPUs, which have no time of their own.
+
+    Example:
+      >>> import jax
+      >>> from attnjax.profiling import awaited, median_seconds
+      >>> f = jax.jit(lambda x: x @ x)
+      >>> median_seconds(awaited(lambda: f(jax.numpy.ones((64, 64))))) < 1
+      True
+    """
+    queue = Queue(start, jax.block_until_ready)
+    return (lambda: queue()) if jax.default_backend() == "cpu" else queue
+
+
 def sample(run: Run, repeats: int = 1) -> float:
     """Seconds of one run, as the mean over `repeats` runs in a row.
 
     Args:
-      run: does the work once and returns when it is done; for JAX, `lambda: jax.block_until_ready(f(x))`.
+      run: does the work once and returns when it is done; for JAX, `awaited(lambda: f(x))`.
       repeats: how many runs; more for what takes microseconds (see `repeats_for`).
     """
     start = time.perf_counter()
-    for _ in range(repeats):
-        run()
+    if isinstance(run, Queue):
+        made = None
+        for _ in range(repeats):
+            made = run.start()
+        run.wait(made)
+    else:
+        for _ in range(repeats):
+            run()
     return (time.perf_counter() - start) / repeats
 
 
-def repeats_for(run: Run, least: float = 2e-3, most: int = 1000) -> int:
-    """How many runs in a row take at least `least` seconds, from the fastest of three; at most `most`."""
+def repeats_for(run: Run, least: float | None = None, most: int = 1000) -> int:
+    """How many runs in a row take at least `least` seconds, from the fastest of three; at most `most`.
+
+    `least` is 2 milliseconds, and 20 for a `Queue`, at the end of which stands the one wait that is timed with it.
+    """
+    least = (2e-2 if isinstance(run, Queue) else 2e-3) if least is None else least
     fastest = min(sample(run) for _ in range(3))
     return min(most, max(1, math.ceil(least / max(fastest, 1e-9))))
 
@@ -213,8 +256,8 @@ def matmul(dtype: Any, size: int | None = None) -> tuple[Run, int]:
     """
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     left, right = jax.random.normal(jax.random.key(0), (2, size, size)).astype(dtype)
-    product = jax.jit(jnp.matmul)
-    run = lambda: product(left, right).block_until_ready()
+    product = jax.jit(functools.partial(jnp.matmul, precision="highest"))  # of float32, not of its first 11 bits
+    run = awaited(lambda: product(left, right))
     run()
     return run, 2 * size**3
 
@@ -222,7 +265,13 @@ def matmul(dtype: Any, size: int | None = None) -> tuple[Run, int]:
 def matmul_rate(dtype: Any, size: int | None = None, rounds: int = 5) -> dict[str, float]:
     """This machine's rate of multiplying matrices, measured: FLOP/s, "best" and "median" of `rounds`."""
     run, flops = matmul(dtype, size)
-    return rates(flops, [sample(run) for _ in range(rounds)])
+    repeats = matmul_repeats(run)
+    return rates(flops, [sample(run, repeats) for _ in range(rounds)])
+
+
+def matmul_repeats(run: Run) -> int:
+    """How many matrix products make a sample: one on a CPU, where it takes long enough."""
+    return repeats_for(run) if isinstance(run, Queue) else 1
 
 
 def rates(flops: int, seconds: Iterable[float]) -> dict[str, float]:

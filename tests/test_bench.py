@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import json
 import re
@@ -119,6 +120,28 @@ def test_a_sample_of_several_runs_starts_with_one_that_is_not_counted():
     assert len(calls) == 2 * (1 + 5)
 
 
+def test_what_is_queued_is_waited_for_once():
+    """A device works in order: a sample of several runs has one wait, for the last of them."""
+    calls = []
+    queue = profiling.Queue(lambda: calls.append("s") or len(calls), lambda made: calls.append(f"w{made}"))
+    profiling.sample(queue, 3)
+    assert calls == ["s", "s", "s", "w3"]
+    queue()
+    assert calls[4:] == ["s", "w5"]
+    calls.clear()
+    profiling.interleaved({"a": queue}, rounds=2, repeats={"a": 2})
+    assert calls == ["s", "w1", "s", "s", "w4"] + ["s", "w6", "s", "s", "w9"]
+
+
+def test_a_queue_where_the_device_is_no_cpu(monkeypatch):
+    assert not isinstance(profiling.awaited(lambda: 1), profiling.Queue)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert isinstance(profiling.awaited(lambda: 1), profiling.Queue)
+    least = []
+    monkeypatch.setattr(profiling, "sample", lambda run: least.append(run) or 1e-3)
+    assert profiling.repeats_for(profiling.awaited(lambda: 1)) == 20 and profiling.repeats_for(lambda: 1) == 2
+
+
 def test_matmul_rate():
     rate = profiling.matmul_rate("float32", size=64, rounds=3)
     assert rate["best"] >= rate["median"] > 0
@@ -174,16 +197,36 @@ def _asked(rules):
     return case, arrays, accuracy.consult(case, arrays)
 
 
-@pytest.mark.parametrize("name", ["cpu", "xla", "jax.nn", "flax", "torch", "tokamax"])
+def _in_the_place_of_cudnn(*args, implementation, bias=None, attend=jax.nn.dot_product_attention, **options):
+    """What the same words mean; of a bias cuDNN wants every query."""
+    assert implementation == "cudnn" and (bias is None or bias.shape[2:] == (24, 24))
+    return attend(*args, bias=bias, implementation="xla", **options)
+
+
+uncompiled = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+@pytest.fixture
+def flex_on_cpus(monkeypatch):
+    """FlexAttention without its check that there is no compiled backward for CPUs: its plain formula has one."""
+    if not peers.COMPETITORS["torch-flex"].missing:
+        flex = importlib.import_module("torch.nn.attention.flex_attention")
+        monkeypatch.setattr(flex, "_validate_device", lambda *arrays: None)
+
+
+@uncompiled
+@pytest.mark.parametrize("name", ["cpu", "xla", "jax.nn", "jax.nn-cudnn", "flax", "torch", "torch-flex", "tokamax"])
 @pytest.mark.parametrize("rules", RULES)
-def test_a_competitor_does_the_case_or_says_why_not(name, rules):
-    if peers.COMPETITORS[name].absent:
-        pytest.skip(f"{name}: {peers.COMPETITORS[name].absent}")
+def test_a_competitor_does_the_case_or_says_why_not(name, rules, monkeypatch, flex_on_cpus):
+    if peers.COMPETITORS[name].missing:
+        pytest.skip(f"{name}: {peers.COMPETITORS[name].missing}")
+    if name == "jax.nn-cudnn" and jax.default_backend() == "cpu":
+        monkeypatch.setattr(jax.nn, "dot_product_attention", _in_the_place_of_cudnn)
     case, arrays, oracle = _asked(rules)
     try:
         prepared = peers.COMPETITORS[name].prepare(case, arrays, 2**30, True)
     except peers.CannotDo as error:
-        assert rules in ("soft-cap", "values") and name not in ("cpu", "xla", "tokamax"), error
+        assert rules in ("soft-cap", "values") and name not in ("cpu", "xla", "torch-flex", "tokamax"), error
         return
     made = prepared.to_numpy(prepared.run("checked"))
     errors = oracle.errors(made)
@@ -293,6 +336,55 @@ def test_a_file_of_something_else_is_not_shown(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", "--show", str(file)])
     assert "not a file that --json of this version wrote" in capsys.readouterr().err
+
+
+def test_who_takes_part_where(monkeypatch):
+    """Each device has its own kernels and peers; what is for others is left out, and named it is an error."""
+    taking_part = lambda: {name for name, one in peers.COMPETITORS.items() if not (one.absent and not one.missing)}
+    only = {"cpu": {"cpu"}, "tpu": {"mosaic_tpu"}}
+    only["gpu"] = {"cudnn", "triton", "mosaic_gpu", "jax.nn-cudnn", "torch-flex"}
+    for platform, own in only.items():
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        others = set.union(*(names for name, names in only.items() if name != platform))
+        assert taking_part() == set(peers.COMPETITORS) - others | own
+    monkeypatch.undo()
+    assert peers.COMPETITORS["mosaic_tpu"].absent == "for TPUs only"
+
+
+def test_a_record_in_a_folder_is_named_after_the_device(tmp_path, monkeypatch, capsys):
+    assert (
+        cli._file_name({"platform": "gpu", "device": "NVIDIA H200", "processor": "P", "cores": 3}) == "nvidia-h200.json"
+    )
+    assert cli.main(["bench", "--case", "tiny", "--impl", "xla", "--rounds", "1", "--json", str(tmp_path)]) == 0
+    (file,) = tmp_path.iterdir()
+    assert file.name.endswith(f"-{profiling.usable_cores()}-cores.json")
+    assert json.loads(file.read_text())["rows"][0]["status"] == "ok"
+
+
+def test_cases_for_gpus():
+    """Every kind of mask and score is there, forward and with gradients, in bfloat16, and none by default."""
+    found = cases.select(["gpu-*"])
+    assert all(case.dtype == "bfloat16" and not case.default for case in found)
+    assert {case.H for case in found} == {64, 128, 256}
+    for field in ("causal", "window", "documents", "bias", "alibi", "soft_cap"):
+        assert {case.backward for case in found if getattr(case, field)} == {False, True}
+    assert any(case.K < case.N for case in found) and any(case.T == 1 for case in found)
+
+
+@uncompiled
+def test_cases_for_gpus_made_small(flex_on_cpus):
+    """Their rules at sizes for a CPU: FlexAttention and ours agree with the oracle on all of them."""
+    names = [name for name in ("xla", "torch-flex") if not peers.COMPETITORS[name].missing]
+    for case in cases.select(["gpu-*-grad", "gpu-decode*"]):
+        length = lambda x: max(1, x // 256)
+        small = {"B": 2, "N": max(2, case.N // 8), "K": max(1, case.K // 8), "H": 16, "V": 16, "dtype": "float32"}
+        small |= {"T": length(case.T), "S": length(case.S), "window": case.window and length(case.window)}
+        case = dataclasses.replace(case, **small)
+        arrays = case.draw()
+        oracle = accuracy.consult(case, arrays)
+        for name in names:
+            prepared = peers.COMPETITORS[name].prepare(case, arrays, 2**30, True)
+            assert max(oracle.errors(prepared.to_numpy(prepared.run("checked"))).values()) < 2e-5, (case.name, name)
 
 
 def test_a_peer_that_is_not_installed(monkeypatch, capsys):

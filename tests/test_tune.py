@@ -38,7 +38,7 @@ def test_the_command_writes_what_calls_read(tmp_path, monkeypatch, capsys):
     """Few configs of a small case, but measured and written and found as all are."""
     monkeypatch.setattr(tables, "FOLDER", tmp_path / "tables")
     monkeypatch.setitem(tune._FORWARD, "xla", (xla.Config, dict(block_q=(16,), block_k=(16, 32))))
-    monkeypatch.setattr(tune.profiling, "interleaved", lambda runs, rounds: {n: [4.0 - int(n)] for n in runs})
+    monkeypatch.setattr(tune.profiling, "interleaved", lambda runs, *_, **__: {n: [4.0 - int(n)] for n in runs})
     tables._entries.cache_clear()
     assert main(["tune", "--case", "tiny", "--impl", "xla"]) == 0
     assert "tiny: block_q=16, block_k=32, 2000 ms, 2.00 x as fast as the usual, of 3" in capsys.readouterr().out

@@ -192,6 +192,36 @@ def _long(name: str, *, default: bool = False, **rules: Any) -> Case:
     return Case(f"{name}-16k-h4-grad", **_square(16384, heads=4), **rules, backward=True, default=default)
 
 
+def _on_gpu(name: str, *, length: int = 8192, size: int = 128, **fields: Any) -> list[Case]:
+    """A case and its `-grad` for GPUs: bfloat16, 16384 tokens in the batch, heads of together 2048."""
+    heads = 2048 // size
+    shape: dict[str, Any] = {"B": max(1, 16384 // length), "T": length, "S": length, "N": heads, "K": heads, "H": size, "V": size}
+    return _parts(f"gpu-{name}", **shape | fields, dtype="bfloat16", default=False)
+
+
+def _for_gpus() -> list[Case]:
+    """What `make test-gpu` measures."""
+    plain = [
+        case
+        for size in (64, 128, 256)
+        for name, causal in (("full", False), ("causal", True))
+        for case in _on_gpu(f"{name}-8192-d{size}", size=size, causal=causal)
+    ]
+    token = {"T": 1, "S": 32768, "H": 128, "V": 128, "dtype": "bfloat16", "default": False}
+    return [
+        *plain,
+        *_on_gpu("causal-2048", length=2048, causal=True),
+        *_on_gpu("window1024-16k", length=16384, window=1024),
+        *_on_gpu("documents-16k", length=16384, causal=True, documents=16),
+        *_on_gpu("alibi", causal=True, alibi=True),
+        *_on_gpu("softcap", causal=True, soft_cap=50.0),
+        *_on_gpu("bias", bias="1N1S"),
+        *_on_gpu("pair-bias", length=4096, bias="11TS"),
+        *_on_gpu("gqa", B=1, N=32, K=8, causal=True),
+        Case("gpu-decode-32k", B=4, N=32, K=8, **token),
+    ]
+
+
 CASES: tuple[Case, ...] = (
     *_parts("tiny", **_square(16, 32, heads=4)),
     *_parts("batch-32x128", B=32, **_square(128)),
@@ -217,6 +247,7 @@ CASES: tuple[Case, ...] = (
     _long("alibi", causal=True, alibi=True),
     _long("bias", bias="1N1S"),
     Case("causal-128k-h1-grad", **_square(131072, heads=1), causal=True, backward=True, default=False),
+    *_for_gpus(),
 )
 
 

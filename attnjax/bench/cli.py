@@ -57,7 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="three rounds, and of the default cases the small ones")
     text = "refuse runs that need more (default: half of what is free, at most 8)"
     bench.add_argument("--memory", type=float, metavar="GIB", help=text)
-    bench.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything that was measured")
+    text = "write everything that was measured; into a folder: under the name of the device"
+    bench.add_argument("--json", type=pathlib.Path, metavar="FILE", help=text)
     bench.add_argument("--show", type=pathlib.Path, metavar="FILE", help="run nothing, show what --json wrote")
     bench.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     bench.add_argument("--list", action="store_true", help="run nothing, list cases and competitors")
@@ -148,10 +149,18 @@ def _bench(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     made = record(rows, settings, arguments.words, time.perf_counter() - start)
     report.show(made, style)
     if arguments.json:
-        arguments.json.write_text(json.dumps(made, indent=1) + "\n")
+        path = arguments.json / _file_name(made["machine"]) if arguments.json.is_dir() else arguments.json
+        path.write_text(json.dumps(made, indent=1) + "\n")
     if interrupted:
         return 130
     return 0 if any(row.status == "ok" for row in rows) else 1
+
+
+def _file_name(machine: dict[str, Any]) -> str:
+    """Of a record: "nvidia-h200.json"; of CPUs with the number of cores."""
+    if machine["platform"] == "cpu":
+        return tables.path_for(f"{machine['processor']} {machine['cores']} cores").name
+    return tables.path_for(machine["device"]).name
 
 
 def _run(cases: list[Case], settings: Settings, arguments: argparse.Namespace) -> tuple[list[Row], bool]:

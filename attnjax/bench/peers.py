@@ -46,20 +46,33 @@ class Prepared:
     """A case ready to run.
 
     Attributes:
-      run: does the work once, from the cotangent of that name ("cotangent" or "checked"), and returns when it
-        is
-        done: the output, and the gradients of query, key and value when the case asks for them.
+      start: does the work once, or begins it, from the cotangent of that name ("cotangent" or "checked"): the output,
+        and the gradients of query, key and value when the case asks for them.
       to_numpy: what `run` returned as numpy arrays in attnjax's layout, [B, T, N, V] and so on.
       temporary_bytes: what the compiler reserves beside arguments and results; `None` when nobody tells.
       operand_bytes: dense masks and biases that this competitor needs as arrays.
       compile_seconds: time to trace and compile; `None` for what is not compiled.
+      wait: returns when what `start` returned is there.
+      queued: whether a device does the work while `start` returns, so that several can be begun before the wait.
     """
 
-    run: Callable[[str], Any]
+    start: Callable[[str], Any]
     to_numpy: Callable[[Any], list[np.ndarray]]
     temporary_bytes: int | None = None
     operand_bytes: int = 0
     compile_seconds: float | None = None
+    wait: Callable[[Any], Any] = lambda made: made
+    queued: bool = False
+
+    def run(self, which: str) -> Any:
+        """Does the work once and returns when it is done, with what it gave."""
+        made = self.start(which)
+        self.wait(made)
+        return made
+
+    def timed(self, which: str) -> profiling.Run:
+        """The same, to be timed."""
+        return profiling.Queue(lambda: self.start(which), self.wait) if self.queued else lambda: self.run(which)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +80,26 @@ class Competitor:
     """A name for `--impl`, the module that must be importable, and how a case is prepared.
 
     `prepare(case, arrays, limit, asked)`: limit is the memory in bytes that a run may need; asked is true
-    when the user named the competitor, so that it is never skipped.
+    when the user named the competitor, so that it is never skipped. Those with a `platform` take part there only.
     """
 
     name: str
     module: str
     install: str
     prepare: Callable[[Case, Arrays, float, bool], Prepared]
+    platform: str | None = None
+
+    @property
+    def missing(self) -> str | None:
+        """Why it cannot be imported, and what to do, or `None`."""
+        error = _import_error(self.module)
+        return None if error is None else f"{error}: {self.install}"
 
     @property
     def absent(self) -> str | None:
         """Why it cannot take part, or `None`."""
-        error = _import_error(self.module)
-        return None if error is None else f"{error}: {self.install}"
+        elsewhere = self.platform is not None and self.platform != jax.default_backend()
+        return self.missing or (f"for {str(self.platform).upper()}s only" if elsewhere else None)
 
 
 @functools.cache
@@ -104,15 +124,25 @@ def _attnjax(name: str, case: Case, arrays: Arrays, limit: float, asked: bool) -
     return _compile(case, arrays, limit, attend, lambda: case.options(arrays))
 
 
-def _jax_nn(case: Case, arrays: Arrays, limit: float, asked: bool) -> Prepared:
-    """causal, window and lengths by their own arguments; documents as a dense mask; ALiBi as a dense bias."""
+def _jax_nn(implementation: str | None, case: Case, arrays: Arrays, limit: float, asked: bool) -> Prepared:
+    """causal, window and lengths by their own arguments; documents as a dense mask; ALiBi as a dense bias.
+
+    As "cudnn" it has cuDNN's attention, which takes no bias that the queries share.
+    """
     _no_soft_cap(case, "jax.nn.dot_product_attention")
     _same_value_size(case, "jax.nn.dot_product_attention")
 
     def attend(query: Any, key: Any, value: Any, operands: dict[str, Any]) -> Any:
-        return jax.nn.dot_product_attention(query, key, value, **operands, **_own_rules(case))
+        rules = {**_own_rules(case), "implementation": implementation}
+        return jax.nn.dot_product_attention(query, key, value, **operands, **rules)
 
-    return _compile(case, arrays, limit, attend, lambda: _dense(case, arrays, own=_OWN_RULES))
+    def operands() -> dict[str, jax.Array]:
+        made = _dense(case, arrays, own=_OWN_RULES)
+        if implementation == "cudnn" and "bias" in made:
+            made["bias"] = jnp.broadcast_to(made["bias"], (*made["bias"].shape[:2], case.T, case.S))
+        return made
+
+    return _compile(case, arrays, limit, attend, operands)
 
 
 def _flax(case: Case, arrays: Arrays, limit: float, asked: bool) -> Prepared:
@@ -141,68 +171,128 @@ def _tokamax(case: Case, arrays: Arrays, limit: float, asked: bool) -> Prepared:
 
 
 def _torch(case: Case, arrays: Arrays, limit: float, asked: bool) -> Prepared:
-    """is_causal where that is all, else a dense mask or bias; heads before rows in memory."""
+    """is_causal where that is all, else a dense mask or bias; heads before rows in memory; torch chooses the kernel."""
     _no_soft_cap(case, "torch's scaled_dot_product_attention")
-    torch = importlib.import_module("torch")
-    torch.set_num_threads(profiling.usable_cores())
-    on_gpu = jax.default_backend() == "gpu"
-    if on_gpu and not torch.cuda.is_available():
-        raise CannotDo("this torch cannot use the GPU that JAX uses")
+    tensors = _Tensors(case, arrays)
     operands = lambda: _dense(case, arrays, own=("causal",) if _only_causal(case) else (), fold=True)
     shapes = jax.eval_shape(operands)
     itemsize = jnp.dtype(case.dtype).itemsize
     dense = sum(x.size for x in shapes.values())
     # A boolean mask is turned into a float one; heads that differ in number or size make it hold the logits.
-    whole = 3 * itemsize * case.logits if case.K != case.N or case.H != case.V else 0
-    _check_memory(dense * (1 + itemsize) + whole, limit)
-
-    def tensor(array: Any) -> Any:
-        array = np.asarray(array)
-        if array.dtype == bool:
-            made = torch.from_numpy(np.array(array))
-        else:
-            wide = np.float64 if array.dtype == np.float64 else np.float32  # numpy's bfloat16 is not torch's
-            made = torch.from_numpy(np.array(array, wide)).to(getattr(torch, case.dtype))
-        return made.cuda() if on_gpu else made
-
-    heads_first = lambda name: tensor(arrays[name]).transpose(1, 2).contiguous()
-    query, key, value = (heads_first(name).requires_grad_(case.backward) for name in ("query", "key", "value"))
-    cotangents = {name: heads_first(name) for name in ("cotangent", "checked")}
-    masks = [tensor(x) for x in jax.jit(operands)().values()]
+    folded = not tensors.on_gpu and (case.K != case.N or case.H != case.V)
+    _check_memory(dense * (1 + itemsize) + (3 * itemsize * case.logits if folded else 0), limit)
+    masks = [tensors.of(x) for x in jax.jit(operands)().values()]
     attend = functools.partial(
-        torch.nn.functional.scaled_dot_product_attention,
-        query,
-        key,
-        value,
+        tensors.torch.nn.functional.scaled_dot_product_attention,
         attn_mask=masks[0] if masks else None,
         is_causal=case.causal and _only_causal(case),
         enable_gqa=case.K != case.N,
     )
+    return tensors.prepared(attend, operand_bytes=sum(x.nbytes for x in masks))
 
-    def run(which: str) -> list[Any]:
-        if case.backward:
-            out = attend()
-            made = [out, *torch.autograd.grad(out, (query, key, value), cotangents[which])]
-        else:
-            with torch.inference_mode():
-                made = [attend()]
-        if on_gpu:
-            torch.cuda.synchronize()
-        return made
 
-    to_numpy = lambda made: [x.detach().transpose(1, 2).double().cpu().numpy() for x in made]
-    return Prepared(run, to_numpy, operand_bytes=sum(x.nbytes for x in masks))
+def _torch_flex(case: Case, arrays: Arrays, limit: float, asked: bool) -> Prepared:
+    """FlexAttention: mask as a function and its block mask, scores as a function. Compiled, and tuned, on a GPU."""
+    flex = importlib.import_module("torch.nn.attention.flex_attention")
+    tensors = _Tensors(case, arrays)
+    torch = tensors.torch
+    extra = {name: tensors.of(arrays[name]) for name in ("query_ids", "key_ids", "slopes", "bias") if name in arrays}
+
+    def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
+        seen = k >= 0
+        if case.causal or case.window is not None:
+            seen = seen & (k <= q)
+        if case.window is not None:
+            seen = seen & (k > q - case.window)
+        if case.documents is not None:
+            seen = seen & (extra["query_ids"][q] == extra["key_ids"][k])
+        if case.length is not None:
+            seen = seen & (k < case.length)
+        return seen
+
+    def score(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        if case.soft_cap is not None:
+            s = case.soft_cap * torch.tanh(s / case.soft_cap)
+        if case.alibi:
+            s = s - extra["slopes"][h] * (q - k).abs()
+        if case.bias:
+            at = zip(case.bias, (b, h, q, k), strict=True)
+            s = s + extra["bias"][tuple(0 if letter == "1" else i for letter, i in at)]
+        return s
+
+    masked = case.causal or any(x is not None for x in (case.window, case.documents, case.length))
+    scored = case.alibi or case.bias or case.soft_cap is not None
+    _check_memory(case.T * case.S * masked, limit)  # of booleans, from which the block mask is made
+    sizes = {"B": None, "H": None, "Q_LEN": case.T, "KV_LEN": case.S}
+    device = "cuda" if tensors.on_gpu else "cpu"
+    torch.compiler.reset()  # it compiles a function so often and no more, and takes what differed for a variable
+    tuned = {"mode": "max-autotune-no-cudagraphs", "dynamic": False}
+    attend = functools.partial(
+        torch.compile(flex.flex_attention, **tuned) if tensors.on_gpu else flex.flex_attention,
+        score_mod=score if scored else None,
+        block_mask=flex.create_block_mask(visible, **sizes, device=device) if masked else None,
+        enable_gqa=case.K != case.N,
+    )
+    prepared = tensors.prepared(attend)
+    if not tensors.on_gpu:
+        return prepared
+    start = time.perf_counter()
+    prepared.run("cotangent")
+    return dataclasses.replace(prepared, compile_seconds=time.perf_counter() - start)
+
+
+class _Tensors:
+    """A case's arrays as torch's, on the GPU if that is JAX's device, heads before rows."""
+
+    def __init__(self, case: Case, arrays: Arrays):
+        self.torch, self.case = importlib.import_module("torch"), case
+        self.torch.set_num_threads(profiling.usable_cores())
+        self.on_gpu = jax.default_backend() == "gpu"
+        if self.on_gpu and not self.torch.cuda.is_available():
+            raise CannotDo("this torch cannot use the GPU that JAX uses")
+        first = lambda name: self.of(arrays[name]).transpose(1, 2).contiguous()
+        self.inputs = [first(name).requires_grad_(case.backward) for name in ("query", "key", "value")]
+        self.cotangents = {name: first(name) for name in ("cotangent", "checked")}
+
+    def of(self, array: Any) -> Any:
+        """An array as a tensor: floats of the case's dtype stay so, others are as they are."""
+        array = np.asarray(array)
+        half = array.dtype == jnp.bfloat16  # numpy's bfloat16 is not torch's
+        made = self.torch.from_numpy(np.array(array, np.float32 if half else array.dtype))
+        made = made.to(self.torch.bfloat16) if half else made
+        return made.cuda() if self.on_gpu else made
+
+    def prepared(self, attend: Callable[..., Any], operand_bytes: int = 0) -> Prepared:
+        """`attend(query, key, value)`, with its gradients if the case has them."""
+
+        def start(which: str) -> list[Any]:
+            if self.case.backward:
+                out = attend(*self.inputs)
+                return [out, *self.torch.autograd.grad(out, self.inputs, self.cotangents[which])]
+            with self.torch.inference_mode():
+                return [attend(*self.inputs)]
+
+        return Prepared(
+            start,
+            lambda made: [x.detach().transpose(1, 2).double().cpu().numpy() for x in made],
+            operand_bytes=operand_bytes,
+            wait=(lambda made: self.torch.cuda.synchronize()) if self.on_gpu else lambda made: made,
+            queued=self.on_gpu,
+        )
 
 
 _PEERS = "pip install 'attnjax[peers]'"
+_PLATFORMS = {"cpu": "cpu", "mosaic_tpu": "tpu", **dict.fromkeys(("cudnn", "triton", "mosaic_gpu"), "gpu")}
 
 COMPETITORS: dict[str, Competitor] = {
     competitor.name: competitor
     for competitor in (
-        *(Competitor(name, "attnjax", "", functools.partial(_attnjax, name)) for name in KERNELS),
-        Competitor("jax.nn", "jax", "", _jax_nn),
+        *(Competitor(name, "attnjax", "", functools.partial(_attnjax, name), _PLATFORMS.get(name)) for name in KERNELS),
+        Competitor("jax.nn", "jax", "", functools.partial(_jax_nn, None)),
+        Competitor("jax.nn-cudnn", "jax", "", functools.partial(_jax_nn, "cudnn"), "gpu"),
         Competitor("flax", "flax", "pip install flax", _flax),
         Competitor("torch", "torch", _PEERS, _torch),
+        Competitor("torch-flex", "torch", _PEERS, _torch_flex, "gpu"),
         Competitor("tokamax", "tokamax", _PEERS, _tokamax),
     )
 }
@@ -294,9 +384,11 @@ def _compile(
     extra = jax.jit(operands)()
     return Prepared(
         # The jitted function finds what was compiled above; calling it is what users do.
-        run=lambda which: jax.block_until_ready(jitted(query, key, value, cotangents[which], extra)),
+        start=lambda which: jitted(query, key, value, cotangents[which], extra),
         to_numpy=lambda made: [np.asarray(x) for x in made],
         temporary_bytes=None if memory is None else memory["temporaries"],
         operand_bytes=sum(x.nbytes for x in jax.tree.leaves(extra)),
         compile_seconds=seconds,
+        wait=jax.block_until_ready,
+        queued=jax.default_backend() != "cpu",
     )

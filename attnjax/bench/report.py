@@ -15,6 +15,7 @@ Record = dict[str, Any]
 HEADINGS = ("case", "impl", "ms", "GFLOP/s", "share", "memory", "error", "x jax.nn", "x torch", "note")
 _NUMBERS = HEADINGS[2:9]
 _AGAINST = ("jax.nn", "torch")
+_MORE = ("jax.nn-cudnn", "torch-flex", "tokamax")  # in the summary only
 _HEAVY = 1e9  # FLOPs; below, the time of a call is not that of its products
 
 _READING = (
@@ -89,7 +90,7 @@ def summary(record: Record) -> list[str]:
         for part in ("forward", "forward+backward"):
             own = [row for row in rows if row["implementation"] == name and row["part"] == part]
             found = []
-            for other in _AGAINST:
+            for other in (*_AGAINST, *_MORE):
                 pairs = [(seconds.get((row["case"], row["dtype"], other)), row["seconds"]) for row in own]
                 ratios = [theirs / mine for theirs, mine in pairs if theirs is not None]
                 if ratios:

@@ -1,7 +1,6 @@
 """Measures cases: every competitor on the same arrays, in turn, and a matrix product in turn with them.
 
-Nothing here raises for what a competitor does: what is refused, cannot be done or fails becomes a row that
-  says so.
+Nothing here raises for what a competitor does: what is refused, cannot be done or fails becomes a row that says so.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Row:
         needs), "out of memory" or "failed".
       note: the reason, when the status is not "ok".
       seconds: median over the rounds; low, high: the extremes.
-      rounds, repeats: samples, and runs in a row that make one.
+      rounds, repeats: samples, and runs in a row that make one (queued together, where a device has a queue).
       flops: of the visible pairs; bytes: that have to move at least.
       rate: flops / seconds; matmul_rate: the machine's, median, measured between the rounds; share: their
         ratio.
@@ -147,7 +146,7 @@ def _prepare(case: Case, arrays: Arrays, oracle: Oracle, row: Row, settings: Set
     made: list[Any] = []
     first = profiling.sample(lambda: made.append(prepared.run("checked")))
     row.errors = oracle.errors(prepared.to_numpy(made.pop()))
-    run = lambda: prepared.run("cotangent")
+    run = prepared.timed("cotangent")
     if first > 0.3:
         return _Entry(run, first, 1)
     return _Entry(run, profiling.sample(run), profiling.repeats_for(run))
@@ -157,7 +156,8 @@ def _time(entries: dict[str, _Entry], rows: dict[str, Row], dtype: str, rounds: 
     """Fills in the times. A matrix product takes part. One that fails leaves, and the others start anew."""
     product, product_flops = profiling.matmul(dtype)
     while entries:
-        everyone = {**entries, _MATMUL: _Entry(product, profiling.sample(product), 1)}
+        repeats = profiling.matmul_repeats(product)
+        everyone = {**entries, _MATMUL: _Entry(product, profiling.sample(product), repeats)}
         try:
             samples = _in_turn(everyone, rounds)
         except _FailedRun as failure:
@@ -198,13 +198,18 @@ class _FailedRun(Exception):
 
 
 def _guard(name: str, run: profiling.Run) -> profiling.Run:
-    def guarded() -> None:
-        try:
-            run()
-        except Exception as error:
-            raise _FailedRun(name, error) from error
+    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            try:
+                return function(*args)
+            except Exception as error:
+                raise _FailedRun(name, error) from error
 
-    return guarded
+        return call
+
+    if isinstance(run, profiling.Queue):
+        return profiling.Queue(guarded(run.start), guarded(run.wait))
+    return guarded(run)
 
 
 def _blame(row: Row, error: Exception) -> None:
@@ -226,9 +231,11 @@ def _blame(row: Row, error: Exception) -> None:
 
 
 def default_limit() -> float:
-    """Memory in bytes that a run may need when the user does not say: half of what is free, at most 8 GiB."""
-    free = profiling.free_bytes()
-    return min(8 * 2**30, math.inf if free is None else free / 2)
+    """Memory in bytes that a run may need when the user does not say: half of what is free; of a CPU at most 8 GiB."""
+    free, most = profiling.free_bytes(), 8 * 2**30
+    if free is None:
+        return most
+    return min(most, free / 2) if jax.default_backend() == "cpu" else free / 2
 
 
 def record(rows: list[Row], settings: Settings, command: list[str], seconds: float) -> dict[str, Any]:
@@ -270,7 +277,8 @@ def _plain(row: Row) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of Python and of every package that takes part; those that are not installed are left out."""
     found = {"python": platform.python_version()}
-    for name in ("attnjax", "jax", "jaxlib", "flax", "numpy", "torch", "tokamax"):
+    libraries = ("jax-cuda13-plugin", "nvidia-cudnn-cu13", "libtpu", "triton")
+    for name in ("attnjax", "jax", "jaxlib", "flax", "numpy", "torch", "tokamax", *libraries):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

@@ -85,7 +85,8 @@ def tune(case: Case, implementation: str, rounds: int, say: Callable[[str], None
             say(f"{case.name}: left out {config}: {str(error).splitlines()[0]}")
     say(f"{case.name}: time {len(runs)} configs")
     taken = {str(n): run for n, run in runs.items()}
-    medians = {int(n): sorted(x)[len(x) // 2] for n, x in profiling.interleaved(taken, rounds).items()}
+    repeats = {n: profiling.repeats_for(run) if isinstance(run, profiling.Queue) else 1 for n, run in taken.items()}
+    medians = {int(n): sorted(x)[len(x) // 2] for n, x in profiling.interleaved(taken, rounds, repeats=repeats).items()}
     best = min(medians, key=lambda n: medians[n])
     return Tuned(
         key_of(problem, implementation, _part(implementation, case.backward)),
@@ -120,7 +121,7 @@ def _run(
 
     given = [arrays[name] for name in ("query", "key", "value", "cotangent")]
     compiled = jax.jit(step)
-    run = lambda: jax.block_until_ready(compiled(*given))
+    run = profiling.awaited(lambda: compiled(*given))
     run()
     return run
 
