@@ -127,6 +127,7 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
         rows = Rows(jnp.zeros(out_shape, problem.dtype), zeros - jnp.inf, zeros)
     if sinks is None:
         return rows
+    rows = rows._replace(out=rows.out.astype(problem.accumulate))
     rows = add_sinks(rows, sinks[..., None, :].astype(problem.accumulate))
     return rows._replace(out=rows.out.astype(problem.dtype))
 
