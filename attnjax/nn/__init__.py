@@ -2,6 +2,7 @@
 
 from flax.nnx import Embed as Embed
 
+from attnjax.nn.adapters import attention_fn as attention_fn
 from attnjax.nn.attention import MultiHeadAttention as MultiHeadAttention
 from attnjax.nn.attention import RelativePositions as RelativePositions
 from attnjax.nn.blocks import DecoderBlock as DecoderBlock

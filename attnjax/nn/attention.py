@@ -26,6 +26,7 @@ from attnjax.nn.checks import (
 from attnjax.nn.layers import (
     NORMS,
     Projection,
+    attention_weights,
     default_bias_init,
     default_kernel_init,
     default_table_init,
@@ -219,7 +220,7 @@ class MultiHeadAttention(nnx.Module):
         if positions is not None:
             check_positions(name, positions, batch, length)
         elif self.rope is not None:
-            positions = np.arange(length, dtype=np.int32) if cache is None else cache.positions(length)
+            positions = jnp.arange(length, dtype=jnp.int32) if cache is None else cache.positions(length)
         query = self._placed(self.query(x), self.query_norm, positions)
         if keys_values is not None:
             key, value = keys_values
@@ -267,7 +268,7 @@ class MultiHeadAttention(nnx.Module):
         if positions is not None:
             check_positions(name, positions, context.shape[:-2], context.shape[-2])
         elif self.rope is not None:
-            positions = np.arange(context.shape[-2], dtype=np.int32)
+            positions = jnp.arange(context.shape[-2], dtype=jnp.int32)
         return self._placed(self.key(context), self.key_norm, positions), self.value(context)
 
     def create_cache(self, batch: int | tuple[int, ...], capacity: int, *, dtype: Any = None) -> KVCache:
@@ -326,11 +327,8 @@ class MultiHeadAttention(nnx.Module):
             raise ValueError(f"{name}: sow_weights needs all tokens in one call, without a cache.")
 
     def _sow(self, query: Array, key: Array, mask: Mask | None, options: dict[str, Any]) -> None:
-        """Keeps the weights: what the plain formula gives for values that are unit vectors."""
-        shape = (*key.shape[:-1], key.shape[-3])
-        unit = jnp.broadcast_to(jnp.eye(shape[-1], dtype=key.dtype)[:, None], shape)
-        weights = attention(query, key, unit, mask=mask, **{**options, "implementation": "reference"})
-        self.sow(nnx.Intermediate, "attention_weights", jnp.swapaxes(weights, -3, -2))
+        weights = attention_weights(query, key, mask=mask, **options)
+        self.sow(nnx.Intermediate, "attention_weights", weights)
 
 
 class RelativePositions(nnx.Module):

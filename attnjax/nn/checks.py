@@ -25,11 +25,10 @@ def check_input(module: str, name: str, x: Any, features: int, axes: str = "*B, 
         raise TypeError(f"{wanted}, got {type(x).__name__}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"{wanted} of floats, got {describe(x)}: tokens become vectors by attnjax.nn.Embed.")
-    letters = axes.count(",") + 1
+    least = axes.count(",") + 1  # *B may be nothing, the features are one
     try:
+        chex.assert_scalar_non_negative(x.ndim - least)
         chex.assert_axis_dimension(x, -1, features)
-        chex.assert_axis_dimension_gt(x.shape, 0, 0) if not x.ndim else None
-        chex.assert_scalar_non_negative(x.ndim - letters)
     except AssertionError:
         raise ValueError(f"{wanted}, got {describe(x)}.") from None
 

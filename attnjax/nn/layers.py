@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.core import meta, spmd
 
+from attnjax.attention import attention
 from attnjax.nn.checks import check_name
 
 Array = jax.Array
@@ -115,3 +116,14 @@ def make_norm(
     if kind == "rms":
         return nnx.RMSNorm(size, **shared)
     return nnx.LayerNorm(size, use_bias=use_bias, bias_metadata=named(axis), **shared)
+
+
+def attention_weights(query: Array, key: Array, **options: Any) -> Array:
+    """The weights `[*B, N, T, S]` in the query's dtype: what attention gives for values that are unit vectors.
+
+    Options are those of `attnjax.attention`. Computed by the plain formula, with T x S memory.
+    """
+    shape = (*key.shape[:-1], key.shape[-3])
+    unit = jnp.broadcast_to(jnp.eye(shape[-1], dtype=key.dtype)[:, None], shape)
+    weights = attention(query, key, unit, **{**options, "implementation": "reference"})
+    return jnp.swapaxes(weights, -3, -2)
