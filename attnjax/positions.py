@@ -258,7 +258,7 @@ class RoPE:
                 f"RoPE: positions have shape {list(positions.shape)} and must be [T] or [*B, T], with *B = "
                 f"{list(outer[:-1])} and T = {outer[-1]}."
             )
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        dtype = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
         rotated = self.rotated(x.shape[-1])
         angles = positions[..., None].astype(dtype) * jnp.asarray(self._frequencies(x.shape[-1]), dtype)
         cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
