@@ -37,8 +37,9 @@ STEPS = [
     {"nn.attention", "nn.feed_forward", "nn.embeddings", "nn.stack", "nn.adapters"},
     {"nn.blocks"},
     {"nn"},
-    {"models.sampling", "models.checkpoint"},
-    {"models.generate"},
+    {"models.sampling", "models.checkpoint", "models.checks", "models.layers"},
+    {"models.generate", "models.decoder", "models.encoder", "models.encoder_decoder", "models.vision"},
+    {"models.beam"},
     {"models"},
     {"bench"},
     {""},  # the door

@@ -207,7 +207,7 @@ def _facts(value: Any, data: jax.Array | None = None) -> dict[str, Any]:
     """Shape and type; of data also a check sum, unless part of it lies on other hosts."""
     facts = {"shape": list(value.shape), "dtype": str(value.dtype)}
     if data is not None and data.is_fully_addressable:
-        facts["crc32"] = zlib.crc32(np.ascontiguousarray(np.asarray(data)).reshape(-1).view(np.uint8))
+        facts["crc32"] = zlib.crc32(np.ascontiguousarray(np.asarray(data)).reshape(-1).view(np.uint8).data)
     return facts
 
 

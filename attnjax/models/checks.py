@@ -1,0 +1,111 @@
+"""Checks that all models share: configs when they are made, tokens at the door, and the wording of errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnjax.core.node import describe, is_array
+from attnjax.positions import RoPE
+
+
+def check_config(config: Any, *sizes: str, rates: tuple[str, ...] = ("dropout", "attention_dropout")) -> None:
+    """Sizes (where not `None`) are integers of at least 1, rates in [0, 1), heads divide what they must.
+
+    Raises:
+      ValueError: with the name of the config and of the field.
+    """
+    name = type(config).__name__
+    for field in sizes:
+        size = getattr(config, field)
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+            raise ValueError(f"{name}: {field} must be an integer of at least 1, got {size!r}.")
+    for field in rates:
+        rate = getattr(config, field)
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise ValueError(f"{name}: {field} must be a number in [0, 1), got {rate!r}.")
+    if getattr(config, "head_size", None) is None and config.features % config.num_heads:
+        raise ValueError(
+            f"{name}: features = {config.features} must be a multiple of num_heads = {config.num_heads}"
+            + (", unless head_size is given." if hasattr(config, "head_size") else ".")
+        )
+    key_heads = getattr(config, "key_heads", None)
+    if key_heads is not None and config.num_heads % key_heads:
+        raise ValueError(f"{name}: num_heads = {config.num_heads} must be a multiple of key_heads = {key_heads}.")
+
+
+def given(config: Any, *fields: str) -> tuple[str, ...]:
+    """The fields that are not `None`."""
+    return tuple(field for field in fields if getattr(config, field) is not None)
+
+
+def check_choice(config: Any, field: str, *known: Any) -> None:
+    """One of the known values.
+
+    Raises:
+      ValueError: another.
+    """
+    value = getattr(config, field)
+    if value not in known:
+        shown = ", ".join(repr(k) for k in known)
+        raise ValueError(f"{type(config).__name__}: {field} must be one of {shown}, got {value!r}.")
+
+
+def check_positions(config: Any, *known: str) -> None:
+    """A known kind of positions, or a RoPE; learned ones have a length.
+
+    Raises:
+      ValueError: anything else.
+    """
+    name, positions = type(config).__name__, config.positions
+    if not isinstance(positions, RoPE) and positions not in known:
+        shown = ", ".join(map(repr, known))
+        raise ValueError(f"{name}: positions must be one of {shown} or attnjax.nn.RoPE(...), got {positions!r}.")
+    if positions == "learned" and config.max_length is None:
+        raise ValueError(f"{name}: positions='learned' needs max_length, the number of positions.")
+
+
+def check_windows(config: Any) -> None:
+    """A tuple of sizes or `None`; only one where layers are scanned.
+
+    Raises:
+      ValueError: anything else.
+    """
+    name, windows = type(config).__name__, config.windows
+    right = isinstance(windows, tuple) and len(windows) > 0
+    if not right or any(w is not None and (isinstance(w, bool) or not isinstance(w, int) or w < 0) for w in windows):
+        raise ValueError(f"{name}: windows must be a tuple of integers of at least 0, or None, got {windows!r}.")
+    if config.scan and len(windows) > 1:
+        raise ValueError(f"{name}: scan=True needs equal layers, and windows = {windows!r} differ: leave scan out.")
+
+
+def check_tokens(model: str, name: str, tokens: Any, max_length: int | None) -> None:
+    """Integers `[*B, T]`, T at most `max_length`.
+
+    Raises:
+      TypeError: no array of integers.
+      ValueError: no axis, or too long.
+    """
+    if not is_array(tokens) or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        kind = describe(tokens) if is_array(tokens) else type(tokens).__name__
+        raise TypeError(f"{model}: {name} must be an array of integers [*B, T], got {kind}.")
+    try:
+        chex.assert_scalar_positive(tokens.ndim)
+    except AssertionError:
+        raise ValueError(f"{model}: {name} must be [*B, T], got {describe(tokens)}.") from None
+    if max_length is not None and tokens.shape[-1] > max_length:
+        raise ValueError(
+            f"{model}: {name} is {describe(tokens)}, longer than max_length = {max_length}: shorten it, or make a "
+            "model with a larger max_length."
+        )
+
+
+def restarting(segments: jax.Array) -> jax.Array:
+    """Positions that begin at 0 in every run of equal ids: int32 `[*B, T]`."""
+    index = jnp.broadcast_to(jnp.arange(segments.shape[-1], dtype=jnp.int32), segments.shape)
+    first = jnp.concatenate([jnp.ones_like(segments[..., :1], bool), segments[..., 1:] != segments[..., :-1]], axis=-1)
+    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=segments.ndim - 1)
