@@ -1,4 +1,4 @@
-"""The TPU kernels beyond the conformance table: refusals, sizes of tiles, races, and lowering for TPUs.
+"""The TPU kernels beyond the conformance table: refusals, sizes of tiles, lists, races.
 
 They run interpreted here; what TPUs' own compiler says of them is in tests/aot.
 """
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import MASKS, SCORES
-from jax import export
 from oracle import Shape
 from problems import Case, attend, draw, expect
 
@@ -203,27 +202,3 @@ def test_steps_of_a_known_mask_hold_no_idle_ones():
     found = steps(problem, operands, 512, 512)
     assert isinstance(found.numbers, np.ndarray) and found.numbers.shape == (1, 1, 10)
     assert (step_of(found.numbers).kind == PARTIAL).sum() == 4
-
-
-FEATURES = {
-    "full": {},
-    "causal": {"mask": aj.Causal()},
-    "segments": {"mask": aj.Segments(jnp.arange(300) // 70)},
-    "window_softcap": {"mask": aj.Window(100, 0), "score": aj.SoftCap(20.0)},
-    "bias_dropout": {"score": aj.Bias(jnp.zeros((8, 300, 300))), "dropout": aj.Dropout(0.1, 3)},
-    "alibi_sinks": {"score": aj.ALiBi.for_heads(8), "sinks": jnp.zeros(8)},
-    "dense": {"mask": aj.Dense(jnp.ones((300, 300), bool))},
-    "relative": {"score": aj.RelativeBias(jnp.zeros((32, 8)))},
-}
-
-
-@pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES)
-@pytest.mark.parametrize("dtype, size", [("bfloat16", 128), ("float32", 64), ("bfloat16", 16), ("float32", 256)])
-def test_lowering_for_tpus(dtype, size, options):
-    """Block shapes, index maps and operations that TPUs know, forward and backward, without one."""
-    shapes = described(t=300, h=size, v=size // 2, dtype=dtype)
-    loss = lambda *x: aj.attention(*x, implementation="mosaic_tpu", **options).astype(jnp.float32).sum()
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=TPU)):
-        program = export.export(jax.jit(jax.grad(loss, argnums=(0, 1, 2))), platforms=["tpu"])(*shapes)
-    text = program.mlir_module()
-    assert text.count("tpu_custom_call") >= 3
