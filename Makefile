@@ -6,11 +6,14 @@
 #   make bench PEERS=1                            install the peers too (torch or tokamax: large), then compare
 #   make test PYTHON=python3.12 VENV=.venv-3.12   another interpreter, another environment
 #   make test CONSTRAINTS=constraints/floor.txt VENV=.venv-floor     the oldest supported versions
+#   make test-gpu PEERS=1 CASES='gpu-causal*'     on an NVIDIA GPU: the tests, and some of the cases beside all peers
 #   make test-aot CONSTRAINTS=constraints/floor.txt AOT=.venv-aot-floor     the same, compiling for GPUs and TPUs
 
 PYTHON ?= python3
 VENV ?= .venv
 AOT ?= .venv-aot
+GPU ?= .venv-gpu
+CASES ?= gpu-*
 CONSTRAINTS ?=
 ARGS ?=
 PEERS ?=
@@ -25,7 +28,7 @@ CPP := $(wildcard $(NATIVE)/*.h $(NATIVE)/*.cc tests/native/*.h tests/native/*.c
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench test test-aot sanitize lint format typecheck docs clean distclean
+.PHONY: help bench test test-aot test-gpu sanitize lint format typecheck docs clean distclean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -38,6 +41,15 @@ test: $(STAMP)dev  ## run the tests and the examples in the docstrings
 
 test-aot: $(AOT)/.installed-aot  ## compile for GPUs and TPUs that are not here; 2 GB of wheels
 	$(AOT)/bin/python -m pytest -n $(WORKERS) --dist loadgroup tests/aot $(ARGS)
+
+# Memory as it is needed, because the tests are several processes, and torch wants some too. What is measured counts even
+# where a test fails.
+test-gpu: export JAX_PLATFORMS = cuda,cpu
+test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
+test-gpu: $(GPU)/.installed-gpu$(if $(PEERS),-peers)  ## run tests and benchmark on the NVIDIA GPU that is here
+	status=0; \
+	$(GPU)/bin/python -m pytest -n $(WORKERS) -m device tests $(ARGS) || status=$$?; \
+	$(GPU)/bin/attnjax bench --case '$(CASES)' --rounds 7 --json benchmarks/results && exit $$status
 
 sanitize: $(STAMP)dev  ## run the C++ under sanitizers: addresses, undefined behaviour, threads
 	set -e; for kinds in address,undefined thread; do \
@@ -69,7 +81,7 @@ clean:  ## remove what was built, keep the environments
 	find . -name '.?*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove the environments as well
-	rm -rf $(VENV) $(AOT) .venv-floor .venv-newest
+	rm -rf $(VENV) $(AOT) $(GPU) .venv-floor .venv-newest
 
 # The package has a stamp of its own, so that the C++ is compiled once for all extras; and there is one stamp per extra,
 # so that `make bench` never waits for documentation tools.
@@ -85,6 +97,14 @@ $(AOT)/.installed-aot: pyproject.toml $(CONSTRAINTS)
 	  $(AOT)/bin/python -m pip install --quiet --no-deps \
 	    jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-cudnn-cu13 libtpu
 	command -v nvcc || $(AOT)/bin/python -m pip install --quiet 'nvidia-cuda-nvcc>=13,<14' 'nvidia-cuda-runtime>=13,<14'
+	@touch $@
+
+# JAX with CUDA's libraries as wheels, of the version of JAX that is there; the driver is the machine's. torch wants those
+# libraries too: pip finds versions that are right for both, if it is asked for both at once.
+$(GPU)/.installed-gpu $(GPU)/.installed-gpu-peers: pyproject.toml $(CONSTRAINTS)
+	$(MAKE) --no-print-directory VENV=$(GPU) $(GPU)/.installed-dev
+	version=$$($(GPU)/bin/python -c 'import importlib.metadata as m; print(m.version("jax"))') && \
+	  $(GPU)/bin/python -m pip install --quiet "jax[cuda13]==$$version" $(if $(PEERS),'attnjax[peers]' torch)
 	@touch $@
 
 $(STAMP)package: pyproject.toml $(CONSTRAINTS) $(NATIVE)/CMakeLists.txt $(wildcard $(NATIVE)/*.cc $(NATIVE)/*.h) | $(VENV)/pyvenv.cfg
