@@ -237,7 +237,7 @@ def _drawn(state: State, caches: Any, logits: Array, rules: Rules, rng: Array) -
         caches=caches,
         last=token,
         tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (jnp.int32(0), state.step)),
-        lengths=state.lengths + ~state.done,
+        lengths=state.lengths + jnp.where(state.done, 0, 1).astype(jnp.int32),
         done=state.done | stops,
         step=state.step + 1,
         seen=seen,
