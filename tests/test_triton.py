@@ -292,6 +292,38 @@ def test_kernels_of_a_gradient(h, calls):
     assert lowered(shapes(300, h=h), mask=aj.Causal()).count("__gpu$xla.gpu.triton") == calls
 
 
+@pytest.mark.parametrize("h", [64, 128, 256])
+def test_each_kernel_is_lowered_with_its_own_sizes(h, monkeypatch):
+    """Their bodies are run after all of them are made, and would find the sizes of the last one."""
+    seen = {}
+    for name in ("query", "key", "pairs"):
+        real = getattr(triton, f"_backward_{name}")
+
+        def body(call, lists, refs, *rest, name=name, real=real):
+            seen["value" if name == "key" and "d_1" not in refs else name] = call
+            return real(call, lists, refs, *rest)
+
+        monkeypatch.setattr(triton, f"_backward_{name}", body)
+    bias = jax.ShapeDtypeStruct((8, 300, 300), jnp.bfloat16)
+    loss = lambda bias, *x: aj.attention(*x, score=aj.Bias(bias), implementation="triton").astype(jnp.float32).sum()
+    with on("NVIDIA H200"):
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))
+        export.export(gradient, platforms=["cuda"], disabled_checks=ALLOWED)(bias, *shapes(300, h=h))
+    assert set(seen) == {"query", "key", "pairs"} | ({"value"} if h == 256 else set())
+    for kernel, call in seen.items():
+        assert call.tiling == tuning.choose_tiling(call.problem, kernel, call.gpu), kernel
+
+
+@pytest.mark.device
+@pytest.mark.skipif(not ON_GPU, reason="sizes that are chosen are for compiled kernels: make test-gpu")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
+@pytest.mark.parametrize("score", [NONE, EVERYTHING], ids=repr)
+def test_the_sizes_that_are_chosen(score, size, dtype):
+    """Every kernel with tiles of its own, several of them along both sides."""
+    agrees(Case(CAUSAL, score, Shape(batch=(1,), T=301, S=353, N=4, K=2, H=size, V=size)), Config(), dtype)
+
+
 def test_lowering_of_every_operation():
     """Of functions of indices, those that may be left to run on tiles."""
 

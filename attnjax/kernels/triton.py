@@ -9,6 +9,7 @@ tiles by `core.split`. How large the blocks are is decided in `tuning`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import math
@@ -159,10 +160,8 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
     out_shape, row_shape = problem.out_shapes()
     sinks = problem.program.sinks_of(operands)
     if not math.prod((*out_shape, problem.sizes.key_length)):  # no pairs
-        rows = Rows(jnp.zeros(out_shape, problem.dtype), jnp.full(row_shape, -jnp.inf), jnp.zeros(row_shape))
-        rows = rows._replace(
-            highest=rows.highest.astype(problem.accumulate), total=rows.total.astype(problem.accumulate)
-        )
+        zeros = jnp.zeros(row_shape, problem.accumulate)
+        rows = Rows(jnp.zeros(out_shape, problem.dtype), zeros - jnp.inf, zeros)
         return rows if sinks is None else add_sinks(rows, sinks[..., None, :].astype(problem.accumulate))
     call = _Call(problem, operands, "forward")
     splits = call.splits
@@ -242,7 +241,7 @@ def _gradients(
 def _run(
     call: _Call, side: str, body: Any, heads: int, results: dict[str, tuple[int, ...]], pieces: list[int]
 ) -> dict[str, Array]:
-    call.tiling = choose_tiling(call.problem, side, call.gpu)
+    call = call.tiled(side)
     lists = call.lists(call.tiling.block_q, call.tiling.block_k, by_key=side != "query")
     shapes = {name: jax.ShapeDtypeStruct(shape, call.problem.accumulate) for name, shape in results.items()}
     programs = lists.rows * heads * call.entries
@@ -251,7 +250,7 @@ def _run(
 
 
 def _run_pairs(call: _Call, n: int) -> dict[str, Array]:
-    call.tiling = choose_tiling(call.problem, "pairs", call.gpu)
+    call = call.tiled("pairs")
     shape, block_q, block_k = call.split.arrays[n].shape, call.tiling.block_q, call.tiling.block_k
     kinds = call.kinds(block_q, block_k)
     results = {f"d_piece{n}": jax.ShapeDtypeStruct(shape, call.problem.accumulate)}
@@ -277,11 +276,17 @@ class _Call(Parts):
         if part == "forward":
             self.together, self.splits = heads_together(problem), key_splits(problem, self.tiling, self.gpu)
 
+    def tiled(self, kernel: str) -> _Call:
+        """The same call with the sizes of another kernel. A copy: bodies are run later, when programs are lowered."""
+        made = copy.copy(self)
+        made.tiling = choose_tiling(self.problem, kernel, self.gpu)
+        return made
+
     def run(self, name: str, body: Callable[[Refs], None], programs: int, more: Refs, results: Refs) -> list[Array]:
         """Runs a kernel: so many programs, each of which is given all arrays by name."""
-        given, interpret = self.given | more, self.config.interpret
-        launch = _Launch(f"attnjax_{name}", body, programs, tuple(given), results, self.tiling, interpret)
-        return list(launch(*given.values()) if interpret else _kernel_p.bind(*given.values(), launch=launch))
+        given, own = self.given | more, (results, self.tiling, self.config.interpret)
+        launch = _Launch(f"attnjax_{name}", body, programs, tuple(given), *own)
+        return list(launch(*given.values()) if launch.interpret else _kernel_p.bind(*given.values(), launch=launch))
 
     def dot(self, x: Array, y: Array, across: tuple[int, int]) -> Array:
         """The product over these axes, in float32."""
