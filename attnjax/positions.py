@@ -266,13 +266,9 @@ class RoPE:
             magnitude = jnp.asarray(self.scaling.magnitude, dtype)
             cos, sin = cos * magnitude, sin * magnitude
         turned, rest = x[..., :rotated].astype(dtype), x[..., rotated:]
-        if self.interleaved:
-            a, b = turned[..., 0::2], turned[..., 1::2]
-            turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turned.shape)
-        else:
-            a, b = turned[..., : rotated // 2], turned[..., rotated // 2 :]
-            turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-        turned = turned.astype(x.dtype)
+        shape, axis = ((-1, 2), -1) if self.interleaved else ((2, -1), -2)
+        a, b = jnp.moveaxis(turned.reshape(*turned.shape[:-1], *shape), axis, 0)
+        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis).reshape(turned.shape).astype(x.dtype)
         return jnp.concatenate([turned, rest], axis=-1) if rotated < x.shape[-1] else turned
 
 

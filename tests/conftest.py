@@ -25,7 +25,7 @@ hypothesis.settings.register_profile("attnjax", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("attnjax")
 
 
-collect_ignore = ["sharded.py"]  # a program, not a module with examples
+collect_ignore = ["sharded.py", "sharded_nn.py"]  # programs, not modules with examples
 _finished = itertools.count(1)
 
 

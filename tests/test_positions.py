@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attnjax import attention
-from attnjax.positions import Llama3Scaling, LinearScaling, NTKScaling, RoPE, YaRN, sinusoidal
+from attnjax.positions import LinearScaling, Llama3Scaling, NTKScaling, RoPE, YaRN, sinusoidal
 
 SCALINGS = {
     "none": None,

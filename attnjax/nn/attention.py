@@ -197,8 +197,8 @@ class MultiHeadAttention(nnx.Module):
           keys_values: what `keys_values(context)` gave, in place of a context.
           deterministic: no dropout; default: the module's `deterministic`, which `eval()` and `train()` set.
           rngs: `nnx.Rngs` or a stream, for dropout in this call.
-          sow_weights: keep the weights `[*B, N, T, S]`, before dropout, as `nnx.Intermediate` "attention_weights". They
-            are computed once more for that, with the T x S matrix.
+          sow_weights: give the weights `[*B, N, T, S]`, before dropout, to `nnx.capture(layer, nnx.Intermediate)` as
+            "attention_weights". They are computed once more for that, with the T x S matrix.
 
         Returns:
           `[*B, T, out_features]`; with a cache a pair, the new cache behind it.

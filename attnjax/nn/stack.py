@@ -138,8 +138,8 @@ def _step(graph: Any, args: Any, options: dict[str, Any]) -> Callable:
         layer = nnx.merge(graph, *states)
         x = layer(x, *args, **mine, **options)
         x, cache = x if "cache" in mine else (x, None)
-        sown = nnx.pop(layer, nnx.Intermediate)
-        return x, (cache, nnx.state(layer, (nnx.Variable, nnx.Not(nnx.Param))), sown)
+        sown = nnx.pop(layer, lambda path, leaf: isinstance(leaf, nnx.Intermediate) and "__captures__" not in path)
+        return x, (cache, nnx.state(layer, nnx.All(nnx.Variable, nnx.Not(nnx.Param))), sown)
 
     return step
 
