@@ -201,3 +201,19 @@ def test_saving_refuses_what_it_cannot_write(saved, tmp_path):
     with pytest.raises(TypeError, match="extras must be JSON values"):
         checkpoint.save(tmp_path, model, step=1, extras={"rng": np.zeros(2)})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_optimizer_that_is_masked(tmp_path):
+    """Some of its variables hold nothing."""
+    biases = lambda parameters: jax.tree.map(lambda x: x.ndim == 1, parameters)
+
+    def made(seed):
+        model = nnx.Linear(3, 2, rngs=nnx.Rngs(seed))
+        return model, nnx.Optimizer(model, optax.masked(optax.adam(0.1), biases), wrt=nnx.Param)
+
+    (model, optimizer), (other, its_optimizer) = made(0), made(1)
+    optimizer.update(model, nnx.grad(lambda model: model(jnp.ones(3)).sum())(model))
+    checkpoint.save(tmp_path, model, optimizer, step=1)
+    assert checkpoint.restore(tmp_path, other, its_optimizer) == 1
+    for one, two in zip(*(jax.tree.leaves(nnx.state(x)) for x in (optimizer, its_optimizer)), strict=True):
+        np.testing.assert_array_equal(one, two)

@@ -195,7 +195,15 @@ def _long(name: str, *, default: bool = False, **rules: Any) -> Case:
 def _on_gpu(name: str, *, length: int = 8192, size: int = 128, **fields: Any) -> list[Case]:
     """A case and its `-grad` for GPUs: bfloat16, 16384 tokens in the batch, heads of together 2048."""
     heads = 2048 // size
-    shape: dict[str, Any] = {"B": max(1, 16384 // length), "T": length, "S": length, "N": heads, "K": heads, "H": size, "V": size}
+    shape: dict[str, Any] = {
+        "B": max(1, 16384 // length),
+        "T": length,
+        "S": length,
+        "N": heads,
+        "K": heads,
+        "H": size,
+        "V": size,
+    }
     return _parts(f"gpu-{name}", **shape | fields, dtype="bfloat16", default=False)
 
 

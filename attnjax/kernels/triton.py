@@ -202,8 +202,8 @@ def backward(
     scores = {i: shape for i, shape in shapes.items() if i in program.score_positions()}
     call = _Call(problem, widened(operands, scores, len(problem.sizes.batch)), "backward")
     call.take_rows(rows, delta, ct_out)
-    of_operands, of_pieces = _gradients(call, shapes, call.split.wanted(tuple(scores)))
-    made |= of_operands | call.split.pulled(of_pieces, tuple(scores))
+    own, of_pieces = _gradients(call, shapes, call.split.wanted(tuple(scores)))
+    made |= own | call.split.pulled(of_pieces, tuple(scores))
     return [made[i] for i, _ in wanted]
 
 
@@ -252,8 +252,7 @@ def _run(
 def _run_pairs(call: _Call, n: int) -> dict[str, Array]:
     call = call.tiled("pairs")
     shape, block_q, block_k = call.split.arrays[n].shape, call.tiling.block_q, call.tiling.block_k
-    kinds = call.kinds(block_q, block_k)
-    results = {f"d_piece{n}": jax.ShapeDtypeStruct(shape, call.problem.accumulate)}
+    kinds, results = call.kinds(block_q, block_k), {f"d_piece{n}": jax.ShapeDtypeStruct(shape, call.problem.accumulate)}
     programs = -(-shape[2] // block_q) * -(-shape[3] // block_k) * shape[0] * shape[1]
     body = lambda refs: _backward_pairs(call, kinds, refs, n)
     return dict(zip(results, call.run("pairs", body, programs, kinds.given, results), strict=True))
@@ -277,7 +276,7 @@ class _Call(Parts):
             self.together, self.splits = heads_together(problem), key_splits(problem, self.tiling, self.gpu)
 
     def tiled(self, kernel: str) -> _Call:
-        """The same call with the sizes of another kernel. A copy: bodies are run later, when programs are lowered."""
+        """A copy with the sizes of another kernel: bodies run later, when programs are lowered."""
         made = copy.copy(self)
         made.tiling = choose_tiling(self.problem, kernel, self.gpu)
         return made
@@ -290,10 +289,8 @@ class _Call(Parts):
 
     def dot(self, x: Array, y: Array, across: tuple[int, int]) -> Array:
         """The product over these axes, in float32."""
-        precision: Any = lax.Precision.DEFAULT
-        if self.problem.dtype == "float32" and not self.config.tf32:
-            exact = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-            precision = lax.Precision.HIGHEST if self.config.interpret else exact
+        exact: Any = lax.Precision.HIGHEST if self.config.interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+        precision = exact if self.problem.dtype == "float32" and not self.config.tf32 else lax.Precision.DEFAULT
         dimensions = (((across[0],), (across[1],)), ((), ()))
         return lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
 
@@ -515,18 +512,17 @@ def _backward_pairs(call: _Call, kinds: Kinds, refs: Refs, n: int) -> None:
     gradient = jnp.zeros((tiling.block_q, tiling.block_k), jnp.float32)
     count = call.entries // entries * int(shared)
     gradient = lax.fori_loop(np.int32(0), np.int32(count), one, gradient)
-    inside = (q < sizes.query_length) & (k < sizes.key_length)
-    _store(refs[f"d_piece{n}"], (entry, own_head, q, k), gradient, inside)
+    _store(refs[f"d_piece{n}"], (entry, own_head, q, k), gradient, (q < sizes.query_length) & (k < sizes.key_length))
 
 
 def _place(*counts: int) -> tuple[Any, ...]:
     """The program's number as indices, the first the fastest; the last counts what is left."""
     from jax.experimental import pallas as pl
 
-    left, found = pl.program_id(0), []
-    for count in counts:
-        found.append(lax.rem(left, np.int32(count)) if count > 1 else np.int32(0))
-        left = lax.div(left, np.int32(count)) if count > 1 else left
+    left, found = pl.program_id(0), list[Any]([np.int32(0)] * len(counts))
+    for n, count in enumerate(counts):
+        if count > 1:
+            left, found[n] = lax.div(left, np.int32(count)), lax.rem(left, np.int32(count))
     return *found, left
 
 

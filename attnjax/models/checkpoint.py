@@ -17,6 +17,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
+from attnjax.core.node import is_array
+
 _FORMAT = 1
 
 
@@ -182,8 +184,13 @@ def _values(model: nnx.Module, optimizer: nnx.Optimizer | None) -> dict[str, Any
     return {
         _name(part, path): variable.get_value()
         for part, module in parts.items()
-        for path, variable in nnx.to_flat_state(nnx.state(module))
+        for path, variable in _variables(module)
     }
+
+
+def _variables(module: Any) -> list[tuple[Any, Any]]:
+    """Path and variable of all that hold an array: of an optimizer that is masked, some hold nothing."""
+    return [(path, v) for path, v in nnx.to_flat_state(nnx.state(module)) if is_array(v.get_value())]
 
 
 def _name(part: str, path: tuple[Any, ...]) -> str:
@@ -266,8 +273,7 @@ def _load(path: epath.Path, like: dict[str, jax.Array], names: list[str]) -> dic
 
 
 def _update(part: str, module: Any, fresh: dict[str, jax.Array]) -> None:
-    flat = nnx.to_flat_state(nnx.state(module))
-    state = [(path, variable.replace(fresh[_name(part, path)])) for path, variable in flat]
+    state = [(path, variable.replace(fresh[_name(part, path)])) for path, variable in _variables(module)]
     nnx.update(module, nnx.from_flat_state(state))
 
 
