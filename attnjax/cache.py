@@ -49,6 +49,16 @@ class KVCache:
       key_scale, value_scale: float32 `[*B, S, K]` where int8 is stored, else `None`.
       window: tokens before its own that a query sees; `None` is all. With a window the cache is a ring: new tokens take
         the place of those that no query will see again, and any number of them may come.
+
+    Example:
+      >>> import jax
+      >>> from attnjax import KVCache
+      >>> prompt, token = jax.random.normal(jax.random.key(0), (3, 2, 5, 4, 8)), jax.numpy.ones((3, 2, 1, 4, 8))
+      >>> cache = KVCache.create(batch=2, capacity=16, key_heads=4, head_size=8)
+      >>> out, cache = cache.attend(*prompt)
+      >>> out, cache = cache.attend(*token)
+      >>> out.shape, cache.length.tolist()
+      ((2, 1, 4, 8), [6, 6])
     """
 
     key: Array
@@ -83,13 +93,9 @@ class KVCache:
           TypeError, ValueError: arguments that do not fit.
 
         Example:
-          >>> import jax
           >>> from attnjax import KVCache
-          >>> cache = KVCache.create(batch=2, capacity=16, key_heads=4, head_size=8)
-          >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 4, 8))
-          >>> out, cache = cache.attend(q, k, v)
-          >>> out.shape, cache.length.tolist()
-          ((2, 5, 4, 8), [5, 5])
+          >>> KVCache.create(batch=(2, 3), capacity=16, key_heads=4, head_size=8).key.shape
+          (2, 3, 16, 4, 8)
         """
         batch = (batch,) if isinstance(batch, int) else tuple(batch)
         value_size = head_size if value_size is None else value_size
