@@ -1,4 +1,4 @@
-"""The training pages of the documentation, in reduced form: the same code, fewer steps, each in a process of its own."""
+"""The training pages of the documentation, in reduced form: fewer steps of the same code, each in its own process."""
 
 import os
 import re
@@ -13,7 +13,10 @@ PAGES = Path(__file__).parent.parent / "docs" / "training"
 # What is replaced, and what must hold then: it has begun to learn. What the pages promise, they assert when built.
 REDUCED = {
     "gpt": (
-        {"STEPS, BATCH, LENGTH = 150, 16, 256": "STEPS, BATCH, LENGTH = 20, 16, 64", "FEATURES = 4, 256": "FEATURES = 2, 64"},
+        {
+            "STEPS, BATCH, LENGTH = 150, 16, 256": "STEPS, BATCH, LENGTH = 20, 16, 64",
+            "FEATURES = 4, 256": "FEATURES = 2, 64",
+        },
         "losses[-1] < 5.5 < 7.9 < losses[0] < 8.1 and result < 5.5",
     ),
     "digits": (
