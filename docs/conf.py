@@ -42,7 +42,7 @@ myst_heading_anchors = 3
 
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 900  # seconds; the pages that train take minutes
 nb_merge_streams = True
 nb_output_stderr = "warn"  # a page that prints a warning is an error, too
 

@@ -1,4 +1,4 @@
-"""The README's example runs, and its commands exist. Checks no numbers."""
+"""The README's examples run, and its commands exist. Checks no numbers."""
 
 import re
 from pathlib import Path
@@ -6,14 +6,24 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_example_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def run(number):
+    """The names that an example makes."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[number]
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+def test_the_example_runs(capsys):
+    names = run(0)
     gradients = names["gradients"]
     assert [g.shape for g in gradients] == [names["q"].shape] * 3 + [(8,)]
     assert all(bool((abs(g) > 0).any()) for g in gradients)
     assert "xla" in capsys.readouterr().out
+
+
+def test_the_flax_example_runs():
+    assert run(1)["text"].shape == (1, 8)
 
 
 def test_its_commands_and_pictures_exist():

@@ -42,7 +42,7 @@ REDUCED = {
 
 
 def test_every_page_is_here():
-    assert {page.stem for page in PAGES.glob("*.md")} == set(REDUCED)
+    assert {page.stem for page in PAGES.glob("*.md")} - {"index"} == set(REDUCED)
 
 
 @pytest.mark.parametrize("name", REDUCED)
