@@ -63,7 +63,8 @@ class FlaxAttention(nnx.Module):
         return self.attention(x, mask=nnx.make_causal_mask(jnp.ones(x.shape[:2])))
 
 
-def _flax_step(tokens: np.ndarray, own: bool) -> Callable[[], Any]:
+def _flax_step(given: np.ndarray, own: bool) -> Callable[[], Any]:
+    tokens = jnp.asarray(given)
     config = DecoderConfig(VOCABULARY, features=FEATURES, num_heads=HEADS, num_layers=LAYERS, max_length=LENGTH)
     model = DecoderLM(config, rngs=nnx.Rngs(0))
     if not own:
@@ -131,7 +132,8 @@ def _transformers(tokens: np.ndarray) -> Callable[[], Any]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.set_num_threads(_cores())
-    model = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None)).eval()
+    model: Any = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None))
+    model.eval()
     prompt = torch.from_numpy(tokens).long()
 
     def run() -> Any:
