@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from attnjax.attention import attention
-from attnjax.core.node import describe
+from attnjax.core.node import describe, is_array
 from attnjax.core.placed import placed
 from attnjax.masks import Causal, Mask, Window, as_mask
 from attnjax.scores import Score, as_scores
@@ -97,7 +97,11 @@ class KVCache:
           >>> KVCache.create(batch=(2, 3), capacity=16, key_heads=4, head_size=8).key.shape
           (2, 3, 16, 4, 8)
         """
-        batch = (batch,) if isinstance(batch, int) else tuple(batch)
+        axes = (batch,) if isinstance(batch, (int, np.integer)) else tuple(batch)
+        for size in axes:
+            if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 0:
+                raise ValueError(f"KVCache: batch must be an integer of at least 0, or several, got {batch!r}.")
+        batch = tuple(int(size) for size in axes)
         value_size = head_size if value_size is None else value_size
         sizes = {"capacity": capacity, "key_heads": key_heads, "head_size": head_size, "value_size": value_size}
         for name, size in sizes.items():
@@ -149,7 +153,8 @@ class KVCache:
           lengths: integers `[*B]`, how many of the T are tokens; those behind are padding and dropped. Default: all.
 
         Raises:
-          ValueError: shapes that do not fit the cache, and more tokens than it has room for.
+          TypeError: no arrays of floats, lengths that are no array.
+          ValueError: shapes that do not fit the cache, lengths outside [0, T], more tokens than it has room for.
 
         Example:
           >>> import jax.numpy as jnp
@@ -160,13 +165,9 @@ class KVCache:
         """
         self._check(key, value, lengths)
         count = key.shape[-3]
+        self.check_room(count, lengths)
         added = jnp.int32(count) if lengths is None else lengths.astype(jnp.int32)
         length = self.length + added
-        if self.window is None and not isinstance(length, Tracer) and (length > self.capacity).any():
-            raise ValueError(
-                f"KVCache: {int(length.max())} tokens are more than its capacity of {self.capacity}: create it with "
-                "capacity=, or with window= where only the last ones are seen."
-            )
         slots = self.positions(count)
         if self.window is not None:  # of the new ones, only the last have room
             slots = jnp.where(slots >= (length - self.capacity)[..., None], slots % self.capacity, self.capacity)
@@ -181,6 +182,26 @@ class KVCache:
                 new[f"{name}_scale"] = _written(scale, x_scale, slots)
             new[name] = _written(held, x.astype(held.dtype), slots)
         return dataclasses.replace(self, **new)
+
+    def check_room(self, count: int, lengths: Int[Array, "*B"] | None = None) -> None:
+        """Whether `count` more tokens, or of each row as many as `lengths` says, have room. Under `jit` nobody knows.
+
+        Raises:
+          ValueError: they have not; or lengths outside [0, count].
+        """
+        if lengths is not None:
+            outside = (lengths < 0) | (lengths > count)
+            if not isinstance(outside, Tracer) and outside.any():
+                raise ValueError(
+                    f"KVCache: lengths must be between 0 and the {count} tokens that came, got {int(lengths.min())} "
+                    f"to {int(lengths.max())}."
+                )
+        length = self.length + (count if lengths is None else lengths)
+        if self.window is None and not isinstance(length, Tracer) and (length > self.capacity).any():
+            raise ValueError(
+                f"KVCache: {int(length.max())} tokens are more than its capacity of {self.capacity}: create it with "
+                "capacity=, or with window= where only the last ones are seen."
+            )
 
     def attend(
         self,
@@ -208,6 +229,11 @@ class KVCache:
         Raises:
           ValueError: as `append`. NotImplementedError: an array by key, where the cache has a window.
         """
+        if not is_array(query) or query.ndim != key.ndim or query.shape[-3] != key.shape[-3]:
+            raise ValueError(
+                f"KVCache: query must be [*B, T, N, H], one for each new key, got query {describe(query)} and key "
+                f"{describe(key)}."
+            )
         cache = self.append(key, value, lengths)
         keys, values, places = self._seen(cache, key, value, lengths, query.dtype)
         place = functools.partial(placed, batch=self.batch, start=self.length, keys=places)
@@ -256,10 +282,14 @@ class KVCache:
         held = f"{describe(self.key)} and {describe(self.value)}"
         given = f"key {describe(key)}, value {describe(value)}; the cache holds {held}."
         for name, x, held in (("key", key, self.key), ("value", value, self.value)):
+            if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
+                raise TypeError(f"KVCache: {name} must be an array of floats, got {describe(x)}.")
             if x.ndim != held.ndim or x.shape[:-3] != held.shape[:-3] or x.shape[-2:] != held.shape[-2:]:
                 raise ValueError(f"KVCache: {name} must be [*B, T, heads, size] with the sizes of the cache. {given}")
         if key.shape[-3] != value.shape[-3]:
             raise ValueError(f"KVCache: key and value must have as many tokens as each other. {given}")
+        if lengths is not None and not is_array(lengths):
+            raise TypeError(f"KVCache: lengths must be an array of integers, got {describe(lengths)}.")
         if lengths is not None and (
             not jnp.issubdtype(lengths.dtype, jnp.integer) or tuple(lengths.shape) != self.batch
         ):

@@ -266,7 +266,8 @@ class RoPE:
             magnitude = jnp.asarray(self.scaling.magnitude, dtype)
             cos, sin = cos * magnitude, sin * magnitude
         turned, rest = x[..., :rotated].astype(dtype), x[..., rotated:]
-        shape, axis = ((-1, 2), -1) if self.interleaved else ((2, -1), -2)
+        count = rotated // 2
+        shape, axis = ((count, 2), -1) if self.interleaved else ((2, count), -2)
         a, b = jnp.moveaxis(turned.reshape(*turned.shape[:-1], *shape), axis, 0)
         turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis).reshape(turned.shape).astype(x.dtype)
         return jnp.concatenate([turned, rest], axis=-1) if rotated < x.shape[-1] else turned

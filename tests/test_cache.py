@@ -264,6 +264,8 @@ def bad(**options):
         (bad(capacity=0), ValueError, "capacity must be an integer of at least 1, got 0"),
         (bad(head_size=2.0), ValueError, "head_size must be an integer of at least 1, got 2.0"),
         (bad(dtype=jnp.int32), TypeError, "dtype must be float64, float32, bfloat16, float16 or int8, got int32"),
+        (bad(batch=-2), ValueError, "batch must be an integer of at least 0, or several, got -2"),
+        (bad(batch=(2, 1.5)), ValueError, "batch must be an integer of at least 0, or several, got .2, 1.5."),
         (bad(window=-1), ValueError, "window must be an integer of at least 0 or None, got -1"),
         (bad(window=8), ValueError, r"capacity must be at least window \+ 1 = 9, got 8"),
     ],
@@ -289,6 +291,17 @@ def test_bad_tokens():
         cache.append(k, v, lengths=jnp.ones(3))
     with pytest.raises(ValueError, match=r"lengths must be integers \[3\], got int32\[4\]"):
         cache.append(k, v, lengths=jnp.ones(4, jnp.int32))
+    for lengths, says in (([5, 0, 1], "0 to 5"), ([2, -1, 4], "-1 to 4")):
+        with pytest.raises(ValueError, match=f"lengths must be between 0 and the 4 tokens that came, got {says}"):
+            cache.append(k, v, lengths=jnp.array(lengths))
+    with pytest.raises(TypeError, match=r"lengths must be an array of integers, got \[4, 4, 4\]"):
+        cache.append(k, v, lengths=[4, 4, 4])
+    with pytest.raises(TypeError, match=r"key must be an array of floats, got int32\[3, 4, 2, 8\]"):
+        cache.append(k.astype(jnp.int32), v)
+    with pytest.raises(
+        ValueError, match="query must be .* one for each new key, got query float32.3, 1, 4, 8. and key"
+    ):
+        cache.attend(q[:, :1], k, v)
     with pytest.raises(ValueError, match="8 tokens are more than its capacity of 6: create it with capacity="):
         cache.append(k, v).append(k, v)
     with pytest.raises(NotImplementedError, match="Bias has an array by key, and a ring's keys have no fixed places"):

@@ -106,6 +106,12 @@ def test_rope_under_transforms(rng):
     assert {rope: 1}[RoPE(fraction=0.5, scaling=YaRN(4.0, 64))] == 1
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_of_no_tokens(interleaved):
+    rope = RoPE(fraction=0.5, interleaved=interleaved)
+    assert rope(jnp.ones((2, 0, 3, 8)), jnp.arange(0)).shape == (2, 0, 3, 8)
+
+
 HUGGING_FACE = {
     "default": (None, {}),
     "linear": (LinearScaling(4.0), dict(factor=4.0)),
