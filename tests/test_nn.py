@@ -236,7 +236,11 @@ DECODING = {
     "grouped, rope, norms, sinks": dict(key_heads=2, value_size=6, rope=RoPE(), normalize="rms", sinks=True),
     "window": dict(mask=aj.Causal() & aj.Window(left=2, right=0), rope=RoPE()),
     "alibi": dict(score=aj.ALiBi.for_heads(N)),
+    "window further back": dict(mask=aj.Window(left=1, right=0, offset=-2)),
+    "chunks": dict(mask=aj.Causal() & aj.Chunked(3)),
+    "chunks further back": dict(mask=aj.Causal() & aj.Chunked(3, offset=-1)),
 }
+RINGS = {"window": 2, "window further back": 3, "chunks": 2, "chunks further back": 3}
 
 
 @pytest.mark.parametrize("name", DECODING)
@@ -245,7 +249,7 @@ def test_decoding_equals_the_full_forward(name, normal):
     x = normal(2, 9, D)
     expected = block(x)
     cache = block.create_cache(2, 12)
-    assert cache.window == (2 if name == "window" else None)
+    assert cache.window == RINGS.get(name)
     graph, state = nnx.split(block)
     step = jax.jit(lambda state, x, cache: nnx.merge(graph, state)(x, cache=cache))
     out, cache = step(state, x[:, :4], cache)
@@ -366,6 +370,24 @@ def test_stacks_keep_random_streams_and_what_is_sown(scan, remat, normal):
     assert [row.shape for row in rows] == ([(2, 2, N, 5)] if scan else [(2, N, 5)] * 2)
     for row in rows:
         close(row, jnp.ones_like(row))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("scan", [False, True])
+def test_stacks_draw_from_the_streams_of_a_call(scan, remat, normal):
+    """Layer after layer, and the streams go on: the same numbers however the layers are run."""
+    make = lambda rngs: EncoderBlock(D, N, 24, dropout=0.5, attention_dropout=0.5, rngs=rngs)
+    plain, stack = Stack(make, 2, rngs=nnx.Rngs(0)), Stack(make, 2, scan=scan, remat=remat, rngs=nnx.Rngs(0))
+    parameters = nnx.to_pure_dict(nnx.state(plain, nnx.Param))["layers"]
+    nnx.update(stack.layers, together(parameters[i] for i in range(2)) if scan else parameters)
+    run, x = nnx.jit(lambda stack, x, rngs: stack(x, rngs=rngs)), normal(2, 5, D)
+    rngs, own = nnx.Rngs(3), nnx.Rngs(3)
+    for _ in range(2):
+        close(run(stack, x, rngs), run(plain, x, own), atol=1e-5)
+    assert rngs.dropout.count[...] == own.dropout.count[...] == 2 * 2 * 4
+    close(stack(x, rngs=nnx.Rngs(3).dropout), plain(x, rngs=nnx.Rngs(3).dropout), atol=1e-5)
+    gradient = nnx.jit(nnx.grad(lambda stack, rngs: stack(x, rngs=rngs).var()))(stack, nnx.Rngs(3))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 def test_layers_that_differ(normal):
@@ -507,6 +529,12 @@ def test_dropout_needs_random_numbers():
     with pytest.raises(ValueError, match="FeedForward: dropout = 0.1 needs random numbers"):
         EncoderBlock(D, N, 24, dropout=0.1, rngs=rngs)
     assert attend(dropout=0.0, rngs=0).rngs is None
+    x, key = jnp.ones((5, D)), jax.random.key(0)
+    stack = Stack(lambda rngs: EncoderBlock(D, N, 24, rngs=rngs), 1, rngs=nnx.Rngs(0))
+    for module in (attend(), FeedForward(D, 24, rngs=nnx.Rngs(0)), stack):
+        says = f"{type(module).__name__}: rngs must be nnx.Rngs, or one of its streams, got .*: give nnx.Rngs.key"
+        with pytest.raises(TypeError, match=says):
+            module(x, rngs=key)
 
 
 def test_wrong_features_at_the_door():
@@ -593,5 +621,8 @@ def test_wrong_use_of_caches_and_contexts():
         plain.keys_values(x)
     with pytest.raises(ValueError, match="context_features and cross_attention are for cross=True"):
         DecoderBlock(D, N, 24, context_features=8, rngs=nnx.Rngs(0))
+    scanned = Stack(decoder, 2, scan=True, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="KVCache: 5 tokens are more than its capacity of 4"):
+        scanned(x, x, caches=scanned.create_caches(2, 4))
     with pytest.raises(ValueError, match="caches must have one entry for each of 2 layers, got 1"):
         Stack(decoder, 2, rngs=nnx.Rngs(0))(x, x, caches=(cache,))

@@ -19,6 +19,7 @@ from attnjax.nn.checks import (
     check_name,
     check_positions,
     check_rate,
+    check_rngs,
     check_same_batch,
     check_size,
     dropout_stream,
@@ -300,6 +301,7 @@ class MultiHeadAttention(nnx.Module):
 
     def _dropout(self, deterministic: bool | None, rngs: Any) -> Dropout | None:
         deterministic = self.deterministic if deterministic is None else deterministic
+        check_rngs(type(self).__name__, rngs)
         if deterministic or not self.dropout:
             return None
         rngs = self.rngs if rngs is None else rngs
@@ -397,6 +399,8 @@ def _is_causal(mask: Any) -> bool:
 
 def _reach(mask: Any) -> int | None:
     """How many keys before its own a query sees at most; `None` where that is not known."""
-    reaches = [int(part.left) for part in _parts(mask) if isinstance(part, Window) and isinstance(part.left, int)]
-    reaches += [part.size - 1 for part in _parts(mask) if isinstance(part, Chunked) and isinstance(part.size, int)]
-    return min(reaches, default=None)
+    whole = (int, np.integer)
+    lefts = [(part.left, part.offset) for part in _parts(mask) if isinstance(part, Window)]
+    lefts += [(part.size - 1, part.offset) for part in _parts(mask) if isinstance(part, Chunked)]
+    reaches = [int(left) - int(o) for left, o in lefts if isinstance(left, whole) and isinstance(o, whole)]
+    return max(min(reaches), 0) if reaches else None

@@ -9,6 +9,7 @@ from typing import Any
 import chex
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from attnjax.core.node import describe, is_array
 
@@ -96,6 +97,19 @@ def check_name(module: str, argument: str, given: Any, known: Iterable[str]) -> 
     near = difflib.get_close_matches(str(given), known, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"attnjax.nn.{module}: {argument} must be one of {', '.join(known)}; got {given!r}.{hint}")
+
+
+def check_rngs(module: str, rngs: Any) -> None:
+    """`nnx.Rngs`, one of its streams, or `None`: a key would be the same for every layer.
+
+    Raises:
+      TypeError: anything else.
+    """
+    if rngs is not None and not isinstance(rngs, (nnx.Rngs, nnx.RngStream)):
+        raise TypeError(
+            f"attnjax.nn.{module}: rngs must be nnx.Rngs, or one of its streams, got {type(rngs).__name__}: give "
+            "nnx.Rngs(key)."
+        )
 
 
 def dropout_stream(module: str, rate: float, rngs: Any) -> Any:

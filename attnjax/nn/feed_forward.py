@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from attnjax.nn.checks import check_input, check_name, check_rate, check_size, dropout_stream
+from attnjax.nn.checks import check_input, check_name, check_rate, check_rngs, check_size, dropout_stream
 from attnjax.nn.layers import Projection, default_bias_init, default_kernel_init
 
 Array = jax.Array
@@ -94,6 +94,7 @@ class FeedForward(nnx.Module):
         rngs: `nnx.Rngs` or a stream, for dropout in this call.
         """
         check_input("FeedForward", "x", x, self.features, "...")
+        check_rngs("FeedForward", rngs)
         hidden = self.up(x)
         if self.gate is not None:
             hidden = GATED[str(self.activation)](self.gate(x)) * hidden

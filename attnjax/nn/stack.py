@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnjax.nn.checks import check_size
+from attnjax.cache import KVCache
+from attnjax.nn.checks import check_rngs, check_size
 
 Array = jax.Array
 Make = Callable[[nnx.Rngs], Any]
@@ -63,7 +64,7 @@ class Stack(nnx.Module):
 
         Args:
           x: what the first layer takes, `[*B, T, features]`.
-          args, options: further arguments, the same for every layer.
+          args, options: further arguments, the same for every layer; of `rngs`, each layer draws its own keys.
           caches: one cache for each layer, given to it as `cache`.
           keys_values: `keys_values(context)`, one pair for each layer.
 
@@ -82,6 +83,7 @@ class Stack(nnx.Module):
                         f"{len(values)}."
                     )
                 own[name] = tuple(values)
+        check_rngs("Stack", options.get("rngs"))
         run = self._scanned if self.scan else self._looped
         x, new = run(x, args, own, options)
         return x if caches is None else (x, new)
@@ -105,9 +107,10 @@ class Stack(nnx.Module):
             mine = {name: values[i] for name, values in own.items()}
             if self.remat and "cache" not in mine:
                 graph, *states = nnx.split(layer, nnx.Param, nnx.Variable, ...)
-                step = self._remat(_step(graph, args, options), prevent_cse=True)
-                x, (_, changed, sown) = step(x, (states, mine))
+                run, random = _step(graph, args, options)
+                (x, random), (_, changed, sown) = self._remat(run, prevent_cse=True)((x, random), (states, mine))
                 _keep(layer, changed, sown)
+                _advance(options, random)
             else:
                 x = layer(x, *args, **mine, **options)
                 if "cache" in mine:
@@ -117,12 +120,16 @@ class Stack(nnx.Module):
 
     def _scanned(self, x: Array, args: Any, own: dict[str, tuple[Any, ...]], options: dict[str, Any]) -> Any:
         graph, *states = nnx.split(self.layers, nnx.Param, nnx.Variable, ...)
+        for cache in own.get("cache", ()):
+            if isinstance(cache, KVCache):  # within the scan nothing is known
+                cache.check_room(x.shape[-2], options.get("lengths"))
         stacked = {name: jax.tree.map(lambda *leaves: jnp.stack(leaves), *values) for name, values in own.items()}
-        step = _step(graph, args, options)
+        step, random = _step(graph, args, options)
         if self.remat and "cache" not in own:
             step = self._remat(step, prevent_cse=False)  # a scan keeps the two apart by itself
-        x, (cache, changed, sown) = jax.lax.scan(step, x, (states, stacked))
+        (x, random), (cache, changed, sown) = jax.lax.scan(step, (x, random), (states, stacked))
         _keep(self.layers, changed, sown)
+        _advance(options, random)
         return x, _unstacked(cache, self.count) if "cache" in own else ()
 
     def _remat(self, step: Callable, *, prevent_cse: bool) -> Callable:
@@ -130,18 +137,31 @@ class Stack(nnx.Module):
         return jax.checkpoint(step, prevent_cse=prevent_cse, policy=policy)
 
 
-def _step(graph: Any, args: Any, options: dict[str, Any]) -> Callable:
-    """One layer as a function of arrays: x and (its states, its own arguments) to x and what it leaves behind."""
+def _step(graph: Any, args: Any, options: dict[str, Any]) -> tuple[Callable, Any]:
+    """One layer as a function of arrays, and the state of the random streams in `options`, to begin with.
 
-    def step(x: Array, given: Any) -> Any:
-        states, mine = given
-        layer = nnx.merge(graph, *states)
-        x = layer(x, *args, **mine, **options)
+    From x, that state and (the layer's states, its own arguments) to x, the next state and what it leaves behind.
+    """
+    streams, random = (None, None) if options.get("rngs") is None else nnx.split(options["rngs"])
+
+    def step(carry: Any, given: Any) -> Any:
+        (x, random), (states, mine) = carry, given
+        layer, own = nnx.merge(graph, *states), dict(options)
+        if streams is not None:
+            own["rngs"] = nnx.merge(streams, random)
+        x = layer(x, *args, **mine, **own)
         x, cache = x if "cache" in mine else (x, None)
         sown = nnx.pop(layer, lambda path, leaf: isinstance(leaf, nnx.Intermediate) and "__captures__" not in path)
-        return x, (cache, nnx.state(layer, nnx.All(nnx.Variable, nnx.Not(nnx.Param))), sown)
+        random = None if streams is None else nnx.state(own["rngs"])
+        return (x, random), (cache, nnx.state(layer, nnx.All(nnx.Variable, nnx.Not(nnx.Param))), sown)
 
-    return step
+    return step, random
+
+
+def _advance(options: dict[str, Any], random: Any) -> None:
+    """Counts what was drawn from the random streams in `options`."""
+    if random is not None:
+        nnx.update(options["rngs"], random)
 
 
 def _keep(layer: Any, changed: Any, sown: Any) -> None:
