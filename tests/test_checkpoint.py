@@ -1,5 +1,6 @@
 """Checkpoints: a resumed run is the uninterrupted one, bit by bit; what is damaged or foreign is refused whole."""
 
+import dataclasses
 import gc
 import shutil
 
@@ -10,7 +11,16 @@ import optax
 import pytest
 from flax import nnx
 
-from attnjax.models import checkpoint
+from attnjax.models import (
+    DecoderConfig,
+    DecoderLM,
+    Encoder,
+    EncoderConfig,
+    QuestionAnswering,
+    TokenClassifier,
+    checkpoint,
+)
+from attnjax.nn import RoPE
 
 
 class Net(nnx.Module):
@@ -141,6 +151,33 @@ def test_another_model_is_refused_by_name(saved):
     sgd = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
     with pytest.raises(ValueError, match="optimizer/opt_state/.* is not in the model"):
         checkpoint.restore(saved, model, sgd)
+
+
+def test_a_model_of_the_same_shapes_that_computes_something_else_is_refused(tmp_path):
+    config = EncoderConfig(7, features=8, num_heads=2, num_layers=1, positions=RoPE(), pre_norm=True)
+    made = lambda **fields: TokenClassifier(dataclasses.replace(config, **fields), 2, rngs=nnx.Rngs(1))
+    checkpoint.save(tmp_path, made(), step=1)
+    decoder = DecoderConfig(7, features=8, num_heads=2, num_layers=1, positions=RoPE())
+    checkpoint.save(tmp_path / "decoder", DecoderLM(decoder, rngs=nnx.Rngs(0)), step=1)
+    longer = made(positions=RoPE(500.0))
+    for directory, model, says in [
+        (
+            tmp_path,
+            made(activation="relu", windows=(3,)),
+            "encoder/activation is 'gelu_exact', the model has 'relu'; enc",
+        ),
+        (tmp_path, longer, "encoder/positions is .*10000.0.*the model has .*500.0"),
+        (tmp_path, QuestionAnswering(config, rngs=nnx.Rngs(1)), "class is 'TokenClassifier', the model has 'Question"),
+        (tmp_path / "decoder", Encoder(config, rngs=nnx.Rngs(1)), "class is 'DecoderLM', the model has 'Encoder'"),
+    ]:
+        before = values(model)
+        with pytest.raises(ValueError, match=f"of another model, though .* same shapes: {says}.*Nothing was loaded"):
+            checkpoint.restore(directory, model)
+        for old, new in zip(before, values(model), strict=True):
+            np.testing.assert_array_equal(old, new)
+    assert checkpoint.restore(tmp_path, longer, same_config=False) == 1
+    same = made(positions=RoPE(10000), hidden=32, dtype=jnp.bfloat16, remat=True, max_length=9, activation=jax.nn.gelu)
+    assert checkpoint.restore(tmp_path, same) == 1
 
 
 def test_an_optimizer_that_was_not_saved_is_missed(tmp_path):

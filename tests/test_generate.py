@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import DECODERS, TRANSFORMER, build
+from small_models import DECODERS, ENCODER, TRANSFORMER, build
 
 from attnjax.models import Sampling, Transformer, TransformerConfig, beam_search, generate, pad
 
@@ -239,11 +239,33 @@ def test_scores_fall_and_a_row_does_not_depend_on_others(tiny):
         ([[1]], {"max_new_tokens": 0}, ValueError, "max_new_tokens must be an integer of at least 1, got 0"),
         ([[1]], {"stop_tokens": [99]}, ValueError, "stop_tokens: 99 is not in the vocabulary"),
         ([[1]], {"stop_tokens": [1.5]}, TypeError, "stop_tokens must be integers, got 1.5"),
+        ([[1]], {"stop_tokens": 3}, TypeError, "stop_tokens must be integers in a list, got 3"),
+        ([[1]], {"pad_token": "x"}, TypeError, "pad_token must be an integer, got 'x'"),
+        (
+            [[1]],
+            {"temperature": 1.0, "rng": 0},
+            TypeError,
+            r"rng must be a PRNG key, such as jax.random.key\(0\), got 0",
+        ),
+        ([[1]], {"memory": np.ones(3)}, ValueError, "memory was given, and DecoderLM attends to its own tokens only"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(gpt, tokens, options, error, says):
     with pytest.raises(error, match=says):
         generate(gpt, tokens, **{"max_new_tokens": 5, **options})
+
+
+def test_models_that_cannot_generate_are_refused(tiny):
+    with pytest.raises(TypeError, match="model must be a DecoderLM, a Transformer or one like them, got Encoder"):
+        generate(build(ENCODER), [[1]], max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"memory is missing: a Transformer generates from memory=model.encode"):
+        generate(tiny, [[1]], max_new_tokens=3)
+    with pytest.raises(
+        ValueError, match=r"target int32\[2, 1\] has the batch axes \[2\], and the source's vectors are"
+    ):
+        generate(tiny, [[1], [1]], memory=tiny.encode([[1, 2]]), max_new_tokens=3)
+    with pytest.raises(TypeError, match="model must be a Transformer, with an encoder of the source, got DecoderLM"):
+        beam_search(build(DECODERS["gpt"]), [[1]], start_token=1, stop_token=2, max_new_tokens=3)
 
 
 @pytest.mark.parametrize(

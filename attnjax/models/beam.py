@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnjax.models.generate import Frozen, check_count, check_prompts, check_room, check_token
+from attnjax.models.generate import Frozen, check_count, check_pad, check_prompts, check_room, check_token
 
 Array = jax.Array
 
@@ -108,6 +108,8 @@ def beam_search(
       Vaswani et al., "Attention Is All You Need", 2017, section 6.1. Wu et al., "Google's Neural Machine Translation
       System", 2016, section 7 (length penalty).
     """
+    if not hasattr(model, "encode"):
+        raise TypeError(f"model must be a Transformer, with an encoder of the source, got {type(model).__name__}.")
     source, lengths = check_prompts(source, lengths, model.vocab_size, "source")
     check_count("max_new_tokens", max_new_tokens)
     check_count("beams", beams)
@@ -116,7 +118,7 @@ def beam_search(
         raise ValueError(f"length_penalty must be a number of at least 0, got {length_penalty!r}.")
     start = check_token("start_token", start_token, model.vocab_size)
     stop = check_token("stop_token", stop_token, model.vocab_size)
-    rules = Rules(beams, start, stop, int(pad_token), max_new_tokens, float(length_penalty))
+    rules = Rules(beams, start, stop, check_pad(pad_token), max_new_tokens, float(length_penalty))
     frozen, leaves = Frozen(model).without_arrays()
     return Beams(*_search(frozen, rules, leaves, source, lengths))
 

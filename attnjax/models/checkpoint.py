@@ -6,6 +6,7 @@ reads and checks everything before the model is touched.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zlib
 from typing import Any
@@ -20,6 +21,11 @@ from flax import nnx
 from attnjax.core.node import is_array
 
 _FORMAT = 1
+
+# Of a config: what changes no result outside of training, and what the shapes of arrays tell.
+_FREE = ("dropout", "attention_dropout", "scan", "remat", "dtype", "implementation", "max_length")
+_IN_SHAPES = ("param_dtype", "hidden", "head_size", "key_heads", "out_bias")
+_UNTOLD = object()
 
 
 def save(
@@ -64,6 +70,7 @@ def save(
     values = _values(model, optimizer)
     arrays = {name: _stored(value) for name, value in values.items()}
     about: dict[str, Any] = {"format": _FORMAT, "step": step}
+    about["model"] = _described(model)
     about["arrays"] = {name: _facts(value, arrays[name]) for name, value in values.items()}
     try:
         about["extras"] = json.loads(json.dumps(extras or {}))
@@ -77,7 +84,12 @@ def save(
 
 
 def restore(
-    directory: Any, model: nnx.Module, optimizer: nnx.Optimizer | None = None, *, step: int | None = None
+    directory: Any,
+    model: nnx.Module,
+    optimizer: nnx.Optimizer | None = None,
+    *,
+    step: int | None = None,
+    same_config: bool = True,
 ) -> int:
     """Reads a checkpoint into `model` and `optimizer`, all of it or, when anything is wrong, nothing.
 
@@ -89,6 +101,8 @@ def restore(
       model: a module of the same structure, its variables of the same shapes and types.
       optimizer: the optimizer, when one was saved and training is to go on.
       step: which checkpoint; default the latest.
+      same_config: refuse a model of another class, or whose config says that it computes something else. False loads
+        arrays wherever they fit, as for RoPE with a new scaling.
 
     Returns:
       The step, an integer.
@@ -114,6 +128,8 @@ def restore(
     if optimizer is None:  # loading a model for use: what the optimizer held is not needed
         stored = {name: facts for name, facts in stored.items() if not name.startswith("optimizer/")}
     _check_same(path, wanted, stored)
+    if same_config:
+        _check_described(path, _described(model), about.get("model", {}))
     arrays = _load(path, {name: _stored(value) for name, value in values.items()}, list(about["arrays"]))
     for name, value in arrays.items():
         checksum = about["arrays"][name].get("crc32")
@@ -248,6 +264,45 @@ def _check_same(path: epath.Path, wanted: dict[str, Any], stored: dict[str, Any]
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ValueError(
             f"{path} is of another model or optimizer: {'; '.join(sorted(wrong)[:4])}{more}. Nothing was loaded."
+        )
+
+
+def _described(model: nnx.Module) -> dict[str, dict[str, Any]]:
+    """The class of the model, and of every config in it the fields that arrays do not tell, as JSON values."""
+    found: dict[str, dict[str, Any]] = {"": {"class": type(model).__name__}}
+    for path, module in nnx.iter_modules(model):
+        config = getattr(module, "config", None)
+        if dataclasses.is_dataclass(config) and not isinstance(config, type):
+            fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+            plain = {name: _plain(x) for name, x in fields.items() if name not in (*_FREE, *_IN_SHAPES)}
+            told = {name: x for name, x in plain.items() if x is not _UNTOLD}
+            found.setdefault("/".join(map(str, path)), {}).update(told)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """A field as JSON value; functions and their like cannot be compared."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": type(value).__name__} | {name: x for name, x in fields.items() if x is not _UNTOLD}
+    if isinstance(value, (tuple, list)):
+        return [None if x is _UNTOLD else x for x in map(_plain, value)]
+    value = value.item() if isinstance(value, np.generic) else value
+    return value if value is None or isinstance(value, (bool, int, float, str)) else _UNTOLD
+
+
+def _check_described(path: epath.Path, wanted: dict[str, dict[str, Any]], stored: dict[str, dict[str, Any]]) -> None:
+    """The same class and configs, as far as both tell, or a ValueError that names what differs."""
+    wrong = [
+        f"{'/'.join(filter(None, (part, field)))} is {had!r}, the model has {wanted[part][field]!r}"
+        for part, fields in stored.items()
+        for field, had in fields.items()
+        if wanted.get(part, {}).get(field, had) != had
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} is of another model, though its arrays have the same shapes: {'; '.join(wrong)}. Nothing was "
+            "loaded; same_config=False loads them all the same."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import chex
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnjax.cache import KVCache
 from attnjax.core.node import describe, is_array
 from attnjax.positions import RoPE
 
@@ -101,6 +103,47 @@ def check_tokens(model: str, name: str, tokens: Any, max_length: int | None) -> 
         raise ValueError(
             f"{model}: {name} is {describe(tokens)}, longer than max_length = {max_length}: shorten it, or make a "
             "model with a larger max_length."
+        )
+
+
+def check_like_tokens(model: str, name: str, given: Any, tokens: Any) -> None:
+    """Integers `[T]` or `[*B, T]`, one for each token, or `None`.
+
+    Raises:
+      TypeError: no array of integers.
+      ValueError: another shape.
+    """
+    if given is None:
+        return
+    wanted = f"{model}: {name} must be integers [T] or [*B, T], one for each of tokens {describe(tokens)}"
+    if not is_array(given) or not jnp.issubdtype(given.dtype, jnp.integer):
+        raise TypeError(f"{wanted}, got {describe(given) if is_array(given) else type(given).__name__}.")
+    try:
+        chex.assert_is_broadcastable(given.shape, tokens.shape)
+        chex.assert_axis_dimension(given, -1, tokens.shape[-1])
+    except AssertionError:
+        raise ValueError(f"{wanted}, got {describe(given)}.") from None
+
+
+def check_caches(model: str, caches: Any, tokens: Any) -> None:
+    """Caches of the batch axes of tokens `[*B, T]`, or `None`.
+
+    Raises:
+      TypeError: no sequence of caches.
+      ValueError: other batch axes.
+    """
+    if caches is None:
+        return
+    if not isinstance(caches, Sequence) or not caches or not all(isinstance(cache, KVCache) for cache in caches):
+        raise TypeError(
+            f"{model}: caches must be those of create_caches, one attnjax.KVCache for each layer, got "
+            f"{type(caches).__name__}."
+        )
+    batch = tuple(tokens.shape[:-1])
+    if any(cache.batch != batch for cache in caches):
+        raise ValueError(
+            f"{model}: caches have the batch axes {list(caches[0].batch)}, and those of tokens {describe(tokens)} are "
+            f"{list(batch)}: give create_caches the batch of tokens."
         )
 
 

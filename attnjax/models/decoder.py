@@ -14,7 +14,16 @@ from jaxtyping import Float, Int
 
 from attnjax.cache import KVCache
 from attnjax.masks import Causal, Segments, Window
-from attnjax.models.checks import check_config, check_positions, check_tokens, check_windows, given, restarting
+from attnjax.models.checks import (
+    check_caches,
+    check_config,
+    check_like_tokens,
+    check_positions,
+    check_tokens,
+    check_windows,
+    given,
+    restarting,
+)
 from attnjax.models.layers import TokenEmbedding, vocabulary_logits
 from attnjax.nn.blocks import DecoderBlock
 from attnjax.nn.checks import dropout_stream
@@ -194,6 +203,9 @@ class DecoderLM(nnx.Module):
         """What goes into the last layer, `[*B, T, features]`; arguments and caches as in a call."""
         c = self.config
         check_tokens("DecoderLM", "tokens", tokens, c.max_length)
+        check_like_tokens("DecoderLM", "positions", positions, tokens)
+        check_like_tokens("DecoderLM", "segments", segments, tokens)
+        check_caches("DecoderLM", caches, tokens)
         if segments is not None and caches is not None:
             raise ValueError("DecoderLM: segments are for whole documents without caches: leave one of them out.")
         count = tokens.shape[-1]

@@ -16,6 +16,7 @@ from attnjax.masks import Mask, Segments, Window, as_mask
 from attnjax.models.checks import (
     check_choice,
     check_config,
+    check_like_tokens,
     check_positions,
     check_tokens,
     check_windows,
@@ -159,6 +160,8 @@ class Encoder(nnx.Module):
         """
         c = self.config
         check_tokens("Encoder", "tokens", tokens, c.max_length)
+        check_like_tokens("Encoder", "types", types, tokens)
+        check_like_tokens("Encoder", "segments", segments, tokens)
         if types is not None and self.types is None:
             raise ValueError("Encoder: types were given to a model without: make it with num_types=.")
         placed: Any = np.arange(tokens.shape[-1], dtype=np.int32) if segments is None else restarting(segments)

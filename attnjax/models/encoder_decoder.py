@@ -14,8 +14,9 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from attnjax.cache import KVCache
+from attnjax.core.node import describe
 from attnjax.masks import Lengths
-from attnjax.models.checks import check_config, check_positions, check_tokens, given
+from attnjax.models.checks import check_caches, check_config, check_positions, check_tokens, given
 from attnjax.models.layers import TokenEmbedding
 from attnjax.nn.blocks import DecoderBlock, EncoderBlock
 from attnjax.nn.checks import dropout_stream
@@ -186,6 +187,8 @@ class Transformer(nnx.Module):
     ) -> Any:
         """What goes into the last layer for tokens of the target, `[*B, T, features]`; with caches a pair."""
         check_tokens("Transformer", "target", tokens, self.config.max_length)
+        check_caches("Transformer", caches, tokens)
+        _check_memory(memory, tokens)
         count = tokens.shape[-1]
         placed: Any = np.arange(count, dtype=np.int32) if caches is None else caches[0].positions(count)
         random: dict[str, Any] = dict(deterministic=deterministic, rngs=rngs)
@@ -225,6 +228,19 @@ class Transformer(nnx.Module):
         x = self.dropout(self.embed(source, placed), **random)
         x = self.encoder(x, lengths=lengths, **random)
         return x if self.encoder_norm is None else self.encoder_norm(x)
+
+
+def _check_memory(memory: Any, tokens: Array) -> None:
+    """A `Memory` of the batch axes of tokens `[*B, T]`, or a TypeError or ValueError."""
+    if not isinstance(memory, Memory):
+        raise TypeError(f"Transformer: memory must be model.encode(source), got {type(memory).__name__}.")
+    held = memory.context if memory.keys_values is None else memory.keys_values[0][0]
+    batch = tokens.shape[:-1]
+    if held is not None and held.shape[: len(batch)] != batch:
+        raise ValueError(
+            f"Transformer: target {describe(tokens)} has the batch axes {list(batch)}, and the source's vectors are "
+            f"{describe(held)}: give as many targets as sources."
+        )
 
 
 def _block(c: TransformerConfig, kind: Any, **more: Any) -> Callable[[nnx.Rngs], Any]:

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -160,12 +161,15 @@ def generate(
       >>> made.tokens.shape
       (1, 5)
     """
+    _check_model(model, memory)
     sampling = _sampling(temperature, sampling, rng)
     tokens, lengths = check_prompts(tokens, lengths, model.vocab_size)
     check_count("max_new_tokens", max_new_tokens)
     capacity = check_room(model, tokens.shape[1], max_new_tokens, capacity)
+    if not isinstance(stop_tokens, Iterable):
+        raise TypeError(f"stop_tokens must be integers in a list, got {stop_tokens!r}.")
     stops = tuple(check_token("stop_tokens", t, model.vocab_size) for t in stop_tokens)
-    rules = Rules(sampling, stops, int(pad_token), max_new_tokens, capacity)
+    rules = Rules(sampling, stops, check_pad(pad_token), max_new_tokens, capacity)
     frozen, leaves = Frozen(model).without_arrays()
     given = (leaves, memory, jax.random.key(0) if rng is None else rng)
     state = _start(frozen, rules, *given, tokens, lengths)
@@ -248,6 +252,19 @@ def _memory(memory: Any) -> dict[str, Any]:
     return {} if memory is None else {"memory": memory}
 
 
+def _check_model(model: Any, memory: Any) -> None:
+    """A model that generates, with a memory where it needs one."""
+    kind = type(model).__name__
+    if not all(hasattr(model, name) for name in ("hidden", "logits", "create_caches", "vocab_size", "max_length")):
+        raise TypeError(f"model must be a DecoderLM, a Transformer or one like them, got {kind}.")
+    parameters = inspect.signature(model.hidden).parameters.values()
+    takes = any(p.name == "memory" or p.kind is p.VAR_KEYWORD for p in parameters)
+    if memory is not None and not takes:
+        raise ValueError(f"memory was given, and {kind} attends to its own tokens only: leave it out.")
+    if memory is None and any(p.name == "memory" and p.default is p.empty for p in parameters):
+        raise ValueError(f"memory is missing: a {kind} generates from memory=model.encode(source).")
+
+
 def _sampling(temperature: float, sampling: Sampling | None, rng: Array | None) -> Sampling:
     if sampling is None:
         sampling = Sampling(temperature)
@@ -261,6 +278,8 @@ def _sampling(temperature: float, sampling: Sampling | None, rng: Array | None) 
         raise ValueError(
             f"rng is missing: temperature {sampling.temperature} draws at random, give jax.random.key(...)."
         )
+    if rng is not None and not isinstance(rng, jax.Array):
+        raise TypeError(f"rng must be a PRNG key, such as jax.random.key(0), got {rng!r}.")
     return sampling
 
 
@@ -301,6 +320,13 @@ def check_token(name: str, token: Any, vocab_size: int) -> int:
         raise TypeError(f"{name} must be integers, got {token!r}.")
     if not 0 <= token < vocab_size:
         raise ValueError(f"{name}: {token} is not in the vocabulary of {vocab_size} tokens.")
+    return int(token)
+
+
+def check_pad(token: Any) -> int:
+    """An integer, also one that is no token, or a TypeError."""
+    if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+        raise TypeError(f"pad_token must be an integer, got {token!r}.")
     return int(token)
 
 
