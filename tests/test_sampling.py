@@ -72,6 +72,12 @@ def test_temperature_zero_is_greedy_and_needs_no_rng(logits):
     np.testing.assert_array_equal(one, logits.argmax(-1))
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300])
+def test_the_smallest_temperatures_are_greedy(logits, temperature):
+    drawn = sample(jnp.asarray(logits), Sampling(temperature, top_p=0.9, min_p=0.01), jax.random.key(0))
+    np.testing.assert_array_equal(drawn, logits.argmax(-1))
+
+
 def test_draws_have_the_probabilities_of_the_softmax():
     logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
     draw = jax.jit(lambda rng: sample(jnp.tile(logits, (20000, 1)), Sampling(), rng))

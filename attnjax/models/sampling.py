@@ -93,7 +93,8 @@ def sample(
         raise ValueError(
             f"rng is missing: temperature {sampling.temperature} draws at random, give jax.random.key(...)."
         )
-    logits = logits / sampling.temperature
+    smallest = float(np.finfo(np.float32).tiny)  # below it a float32 is 0, and 0 / 0 not a number
+    logits = (logits - logits.max(-1, keepdims=True)) / max(sampling.temperature, smallest)
     if sampling.top_k is not None:
         logits = keep_top_k(logits, sampling.top_k)
     if sampling.top_p is not None:
