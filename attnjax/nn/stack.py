@@ -23,7 +23,8 @@ class Stack(nnx.Module):
       make: gives a layer for `nnx.Rngs`; or a list of such functions, one for each layer, where layers differ.
       count: how many layers.
       scan: hold the parameters of all layers in one array each, `[layers, ...]`, and run the layers by
-        `jax.lax.scan`: the program is compiled for one layer, whatever their number.
+        `jax.lax.scan`: the program is compiled for one layer, whatever their number. Caches are then copied in every
+        call, where a loop writes them in place: long generations are faster without.
       remat: compute each layer anew for its gradient, and keep what goes into it only; or a policy of
         `jax.checkpoint_policies` that says what else is kept.
       rngs: `nnx.Rngs`.
