@@ -97,7 +97,12 @@ class YaRN:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        _check_positive(self, "factor", "original_length", "beta_fast", "beta_slow")
+        given = () if self.attention_factor is None else ("attention_factor",)
+        _check_positive(self, "factor", "original_length", "beta_fast", "beta_slow", *given)
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"YaRN: beta_fast must be greater than beta_slow, got {self.beta_fast} and {self.beta_slow}."
+            )
 
     def scale(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
         count = len(frequencies)
@@ -194,8 +199,12 @@ class RoPE:
     interleaved: bool = False
 
     def __post_init__(self) -> None:
-        if not self.theta > 1:
-            raise ValueError(f"RoPE: theta must be greater than 1, got {self.theta}.")
+        for name in ("theta", "fraction"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+                raise TypeError(f"RoPE: {name} must be a number, got {value!r}.")
+        if not 1 < self.theta < math.inf:
+            raise ValueError(f"RoPE: theta must be greater than 1 and finite, got {self.theta}.")
         if not 0 < self.fraction <= 1:
             raise ValueError(f"RoPE: fraction must be in (0, 1], got {self.fraction}.")
         if self.scaling is not None and not isinstance(self.scaling, Scaling):

@@ -505,6 +505,10 @@ def test_bad_sizes():
         Stack([decoder] * 2, 3, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="Stack: layers that differ cannot be scanned"):
         Stack([decoder] * 2, 2, scan=True, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="PatchEmbedding: patch_size must be an integer of at least 1, got 2.5"):
+        PatchEmbedding((2, 2.5), 3, 8, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"patch_size must be an integer, or \(height, width\), got \(2, 2, 2\)"):
+        PatchEmbedding((2, 2, 2), 3, 8, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="features must be an even integer"):
         SinusoidalPositions(5)
 
@@ -575,6 +579,13 @@ def test_wrong_masks_and_positions():
         attend(score=jnp.ones((5, 5)))
     with pytest.raises(ValueError, match=r"MultiHeadAttention: positions must be \[5\] or \[2, 5\], .* got int32\[4\]"):
         layer(x, positions=jnp.arange(4))
+    says = r"MultiHeadAttention: lengths must be integers \[2\], one for each row, got "
+    with pytest.raises(ValueError, match=says + r"int32\[3\]"):
+        layer(x, lengths=jnp.array([1, 2, 3]))
+    with pytest.raises(TypeError, match=says + r"\[5, 2\]"):
+        layer(x, lengths=[5, 2])
+    with pytest.raises(TypeError, match=says + r"float32\[2\]"):
+        layer(x, lengths=jnp.ones(2))
     with pytest.raises(TypeError, match="positions must be an array of integers, got float32"):
         layer(x, positions=jnp.arange(5.0))
     with pytest.raises(ValueError, match=r"LearnedPositions: positions are int32\[5\], and there are 4"):

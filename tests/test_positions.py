@@ -168,8 +168,14 @@ def test_bad_input():
         RoPE(fraction=0.4)(x, jnp.arange(5))
     with pytest.raises(ValueError, match="RoPE: fraction must be in .0, 1., got 1.5"):
         RoPE(fraction=1.5)
-    with pytest.raises(ValueError, match="RoPE: theta must be greater than 1, got 0"):
+    with pytest.raises(ValueError, match="RoPE: theta must be greater than 1 and finite, got 0"):
         RoPE(theta=0)
+    with pytest.raises(TypeError, match="RoPE: theta must be a number, got '1e4'"):
+        RoPE(theta="1e4")
+    with pytest.raises(ValueError, match="YaRN: attention_factor must be a positive number, got -1.0"):
+        YaRN(4.0, 64, attention_factor=-1.0)
+    with pytest.raises(ValueError, match="YaRN: beta_fast must be greater than beta_slow, got 1.0 and 32.0"):
+        YaRN(4.0, 64, beta_fast=1.0, beta_slow=32.0)
     with pytest.raises(TypeError, match="RoPE: scaling must be LinearScaling, .* got float 4.0"):
         RoPE(scaling=4.0)
     with pytest.raises(ValueError, match="LinearScaling: factor must be a positive number, got 0"):

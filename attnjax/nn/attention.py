@@ -16,6 +16,7 @@ from attnjax.cache import KVCache
 from attnjax.masks import And, Causal, Chunked, Lengths, Mask, Window, as_mask
 from attnjax.nn.checks import (
     check_input,
+    check_lengths,
     check_name,
     check_positions,
     check_rate,
@@ -218,6 +219,8 @@ class MultiHeadAttention(nnx.Module):
                 "keys_values=layer.keys_values(context), computed once, and mask=attnjax.Lengths(key=lengths)."
             )
         batch, length = x.shape[:-2], x.shape[-2]
+        if lengths is not None:
+            check_lengths(name, lengths, batch)
         if positions is not None:
             check_positions(name, positions, batch, length)
         elif self.rope is not None:

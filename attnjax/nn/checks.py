@@ -65,6 +65,23 @@ def check_positions(module: str, positions: Any, batch: tuple[int, ...], length:
         ) from None
 
 
+def check_lengths(module: str, lengths: Any, batch: tuple[int, ...]) -> None:
+    """An integer, or integers `[*B]`.
+
+    Raises:
+      TypeError, ValueError: others.
+    """
+    if isinstance(lengths, int) and not isinstance(lengths, bool):
+        return
+    wanted = f"attnjax.nn.{module}: lengths must be integers {list(batch)}, one for each row"
+    if not is_array(lengths) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"{wanted}, got {describe(lengths)}.")
+    try:
+        chex.assert_is_broadcastable(lengths.shape, batch)
+    except AssertionError:
+        raise ValueError(f"{wanted}, got {describe(lengths)}.") from None
+
+
 def check_size(module: str, name: str, value: Any) -> None:
     """An integer of at least 1.
 

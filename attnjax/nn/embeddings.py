@@ -132,8 +132,14 @@ class PatchEmbedding(nnx.Module):
         bias_init: Callable = default_bias_init,
         rngs: nnx.Rngs,
     ) -> None:
-        height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-        for argument, size in dict(patch_size=min(height, width), channels=channels, features=features).items():
+        sides = patch_size if isinstance(patch_size, (tuple, list)) else (patch_size, patch_size)
+        if len(sides) != 2:
+            raise ValueError(
+                f"attnjax.nn.PatchEmbedding: patch_size must be an integer, or (height, width), got {patch_size!r}."
+            )
+        height, width = sides
+        check_size("PatchEmbedding", "patch_size", height)
+        for argument, size in dict(patch_size=width, channels=channels, features=features).items():
             check_size("PatchEmbedding", argument, size)
         self.patch_size, self.channels = (height, width), channels
         self.projection = Projection(
