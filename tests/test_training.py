@@ -26,7 +26,8 @@ REDUCED = {
             "STEPS, BATCH, LENGTH = 150, 16, 256": "STEPS, BATCH, LENGTH = 20, 16, 64",
             "FEATURES = 4, 256": "FEATURES = 2, 64",
         },
-        "losses[-1] < 5.5 < 7.9 < losses[0] < 8.1 and result < 5.5",
+        # It begins with 8 bits for 256 bytes, and at most 0.72 more for logits of variance 1.
+        "losses[-1] < 5.5 < 7.9 < losses[0] < 8.9 and result < 5.5",
     ),
     "digits": (
         {"EPOCHS, BATCH = 40, 64": "EPOCHS, BATCH = 3, 64", "features=128": "features=32"},
