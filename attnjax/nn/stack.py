@@ -26,7 +26,7 @@ class Stack(nnx.Module):
         `jax.lax.scan`: the program is compiled for one layer, whatever their number. Caches are then copied in every
         call, where a loop writes them in place: long generations are faster without.
       remat: compute each layer anew for its gradient, and keep what goes into it only; or a policy of
-        `jax.checkpoint_policies` that says what else is kept.
+        `jax.checkpoint_policies` that says what else is kept. On CPUs this needs scan; XLA undoes it in a loop.
       rngs: `nnx.Rngs`.
 
     Attributes:
