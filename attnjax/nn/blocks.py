@@ -124,8 +124,7 @@ class DecoderBlock(nnx.Module):
       attention: further arguments of the first `MultiHeadAttention`, by name; its mask is `Causal()` unless one is
         given here.
       cross_attention: further arguments of the second one.
-      features, num_heads, hidden, norm, pre_norm, output_norm, activation, use_bias, dropout, attention_dropout,
-        epsilon, dtype, param_dtype, kernel_init, bias_init, rngs: as in `EncoderBlock`.
+      features, num_heads, hidden: as in `EncoderBlock`, and all others too.
 
     Example:
       >>> import jax.numpy as jnp
