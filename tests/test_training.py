@@ -41,8 +41,8 @@ REDUCED = {
         "value < 6.5 and len(translated(['Iceland'])) == 1",
     ),
     "masked": (
-        {"STEPS, BATCH, LENGTH = 250, 16, 256": "STEPS, BATCH, LENGTH = 20, 8, 64", "features=192": "features=64"},
-        "loss < 4.5",
+        {"STEPS, BATCH, LENGTH = 250, 16, 256": "STEPS, BATCH, LENGTH = 40, 16, 64", "features=192": "features=64"},
+        "loss < 4.6",
     ),
     "flow": (
         {"STEPS, BATCH = 1600, 64": "STEPS, BATCH = 40, 32", "Velocity(128, 4,": "Velocity(32, 2,"},
