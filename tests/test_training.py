@@ -45,8 +45,9 @@ REDUCED = {
         "loss < 4.6",
     ),
     "flow": (
-        {"STEPS, BATCH = 1600, 64": "STEPS, BATCH = 40, 32", "Velocity(128, 4,": "Velocity(32, 2,"},
-        "value < 1 and np.isfinite(drawn).all()",
+        {"STEPS, BATCH = 1600, 64": "STEPS, BATCH = 150, 64", "Velocity(128, 4,": "Velocity(64, 2,"},
+        # The mean drawn digit, which is nothing at first, is nearer to the mean real one.
+        "np.abs(drawn.mean(0) - images.mean(0)).mean() < 0.75 * np.abs(images.mean(0)).mean()",
     ),
 }
 
