@@ -153,9 +153,9 @@ class Tiling:
         return sizes + (f"; {self.note}" if self.note else "")
 
 
-# Of half precision by kernel and head size, on Ampere, and on Hopper and later, whose tensor cores read shared memory:
-# the largest of those tried that the compiler gives registers for without spilling (tests/aot). The second of a pair is
-# for tiles with scores or dropout, which need more registers.
+# Of half precision by kernel and head size, on Ampere, and on Hopper and Blackwell, whose tensor cores read shared
+# memory: the largest of those tried that the compiler gives registers for without spilling (tests/aot). The second of a
+# pair is for tiles with scores or dropout, which need more registers.
 _TRITON = {
     "ampere": {
         "forward": {
@@ -164,7 +164,7 @@ _TRITON = {
             256: ((32, 32, 8, 2), (32, 32, 8, 2)),
         },
         "query": {
-            64: ((128, 64, 8, 2), (64, 64, 8, 2)),
+            64: ((128, 64, 8, 2), (64, 32, 8, 2)),
             128: ((64, 64, 8, 2), (64, 64, 8, 2)),
             256: ((32, 64, 8, 2), (32, 32, 8, 2)),
         },
@@ -181,7 +181,7 @@ _TRITON = {
             256: ((64, 64, 8, 2), (64, 32, 8, 2)),
         },
         "query": {
-            64: ((64, 64, 8, 2), (64, 64, 8, 2)),
+            64: ((64, 64, 8, 2), (64, 32, 8, 2)),
             128: ((128, 64, 8, 2), (64, 32, 8, 2)),
             256: ((64, 64, 8, 2), (32, 32, 8, 2)),
         },
@@ -192,10 +192,17 @@ _TRITON = {
         },
     },
 }
+_TRITON["blackwell"] = _TRITON["hopper"] | {
+    "query": {
+        64: ((64, 32, 8, 2), (64, 32, 8, 2)),
+        128: ((32, 64, 8, 2), (64, 32, 8, 2)),
+        256: ((64, 64, 8, 2), (32, 32, 8, 2)),
+    }
+}
 _EXACT = {  # float32, which is multiplied in three parts
     "forward": {
         64: ((64, 32, 4, 2), (32, 32, 4, 2)),
-        128: ((32, 32, 8, 2), (32, 32, 8, 2)),
+        128: ((32, 32, 8, 2), (16, 32, 8, 2)),
         256: ((16, 32, 8, 1), (16, 32, 8, 1)),
     },
     "query": {
@@ -255,7 +262,8 @@ def heads_together(problem: Problem) -> int:
 def _asked(problem: Problem, kernel: str, gpu: Gpu) -> Tiling:
     """What the config asks for, and what is usual where it does not."""
     program, config, sizes = problem.program, problem.config, problem.sizes
-    family = "hopper" if (9, 0) <= gpu.capability < (12, 0) else "ampere"
+    newer = {9: "hopper", 10: "blackwell", 11: "blackwell"}  # later ones, of desktops, have Ampere's shared memory
+    family = newer.get(gpu.capability[0], "ampere")
     table = _EXACT if problem.dtype == "float32" else _TRITON[family]
     rich = bool(program.scores or program.dropout)
     widest = max(64, power_of_two(max(problem.head_size, problem.value_size)))
