@@ -279,8 +279,8 @@ class KVCache:
 
     def _check(self, key: Any, value: Any, lengths: Any) -> None:
         """Shapes and types of what is appended."""
-        held = f"{describe(self.key)} and {describe(self.value)}"
-        given = f"key {describe(key)}, value {describe(value)}; the cache holds {held}."
+        given = f"key {describe(key)}, value {describe(value)}"
+        given += f"; the cache holds {describe(self.key)} and {describe(self.value)}."
         for name, x, held in (("key", key, self.key), ("value", value, self.value)):
             if not is_array(x) or not jnp.issubdtype(x.dtype, jnp.floating):
                 raise TypeError(f"KVCache: {name} must be an array of floats, got {describe(x)}.")
@@ -288,11 +288,11 @@ class KVCache:
                 raise ValueError(f"KVCache: {name} must be [*B, T, heads, size] with the sizes of the cache. {given}")
         if key.shape[-3] != value.shape[-3]:
             raise ValueError(f"KVCache: key and value must have as many tokens as each other. {given}")
-        if lengths is not None and not is_array(lengths):
+        if lengths is None:
+            return
+        if not is_array(lengths):
             raise TypeError(f"KVCache: lengths must be an array of integers, got {describe(lengths)}.")
-        if lengths is not None and (
-            not jnp.issubdtype(lengths.dtype, jnp.integer) or tuple(lengths.shape) != self.batch
-        ):
+        if not jnp.issubdtype(lengths.dtype, jnp.integer) or tuple(lengths.shape) != self.batch:
             raise ValueError(f"KVCache: lengths must be integers {list(self.batch)}, got {describe(lengths)}.")
 
 
