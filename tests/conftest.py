@@ -4,6 +4,7 @@ import functools
 import gc
 import itertools
 import os
+import zlib
 from collections import Counter
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -60,6 +61,12 @@ def pytest_addoption(parser):
         help="compile every test with all of XLA's optimisations, not only those that ask for them",
     )
     parser.addoption(
+        "--share",
+        default="1/1",
+        metavar="I/N",
+        help="of the cases of each test the I-th of N parts; tests that have no cases run in every part",
+    )
+    parser.addoption(
         "--without-compiled-kernel",
         action="store_true",
         help="skip the tests of implementation='cpu', where its library was not built; without this that is an error",
@@ -89,7 +96,16 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skips what needs the compiled kernel where that is asked for, and then by name and not by its absence."""
+    """Leaves out what is not in the share that is asked for.
+
+    Skips what needs the compiled kernel where that is asked for, and then by name and not by its absence.
+    """
+    part, parts = map(int, config.getoption("--share").split("/"))
+    others = [
+        item for item in items if hasattr(item, "callspec") and zlib.crc32(item.nodeid.encode()) % parts != part - 1
+    ]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if own(item)]
     if not config.getoption("--without-compiled-kernel"):
         return
     for item in items:
