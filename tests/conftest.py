@@ -101,10 +101,8 @@ def pytest_collection_modifyitems(config, items):
     Skips what needs the compiled kernel where that is asked for, and then by name and not by its absence.
     """
     part, parts = map(int, config.getoption("--share").split("/"))
-    others = [
-        item for item in items if hasattr(item, "callspec") and zlib.crc32(item.nodeid.encode()) % parts != part - 1
-    ]
-    config.hook.pytest_deselected(items=others)
+    own = lambda item: not hasattr(item, "callspec") or zlib.crc32(item.nodeid.encode()) % parts == part - 1
+    config.hook.pytest_deselected(items=[item for item in items if not own(item)])
     items[:] = [item for item in items if own(item)]
     if not config.getoption("--without-compiled-kernel"):
         return
