@@ -23,7 +23,7 @@ STEPS = [
     {"core.blocks", "core.placed", "core.tables", "core.split", "core.sharding"},
     {"tuning"},
     {"core.visits", "core.view"},
-    {"core.steps", "core.parts"},
+    {"core.steps", "core.parts", "core.hopper"},
     {"core.mosaic"},
     {"core.walk"},
     {"core.sweep"},

@@ -1,6 +1,6 @@
-"""The Hopper kernel, interpreted with a search for races or compiled, against the oracle; what it refuses.
+"""The Hopper kernels, interpreted with a search for races or compiled, against the oracle; what they refuse.
 
-It has a forward only, whose interpreter cannot run inside of `attention`: the forward is called as the primitives do.
+Their interpreter cannot run inside of `attention`: forward and backward are called as the primitives do.
 """
 
 import dataclasses
@@ -43,6 +43,9 @@ REFUSED = {
     "relative_past": "by distance",
     "function_distance": "dynamic_slice of query and key together",
 }
+NO_BACKWARD = {
+    "function_nonlinear": dict(backward="cannot run the derivative of a score that uses the logit more than once")
+}
 X = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)
 
 
@@ -66,11 +69,21 @@ def agrees(case, dtype, config=None):
     inputs = draw(case, dtype)
     want = expect(case, inputs)
     given, operands = problem_of(case, inputs, config)
-    assert mosaic_gpu.unsupported(given, operands, "cuda", "forward") is None
-    run = jax.jit(lambda operands: mosaic_gpu.forward(given, operands, "cuda"))
+    refused = {part: mosaic_gpu.unsupported(given, operands, "cuda", part) for part in mosaic_gpu.PARTS}
+    assert refused == dict.fromkeys(refused) | NO_BACKWARD.get(case.score.name, {})
+    names = ("query", "key", "value", *(("sinks",) if given.program.sinks else ()))
+    wanted = tuple((i, operands[i].shape) for i in range(len(names)))
+
+    @jax.jit
+    def run(operands, ct_out, ct_lse):
+        rows = mosaic_gpu.forward(given, operands, "cuda")
+        made = [] if refused["backward"] else mosaic_gpu.backward(given, operands, rows, ct_out, ct_lse, wanted)
+        return rows.out, log_sum_exp(rows.highest, rows.total), dict(zip(names, made, strict=False))
+
     for some in (inputs, poison(case, inputs)):
-        rows = run(problem_of(case, some, config)[1])
-        want.check(want.answer._replace(out=rows.out, lse=log_sum_exp(rows.highest, rows.total)))
+        out, lse, made = run(problem_of(case, some, config)[1], *inputs.cotangents)
+        made = {name: x.reshape(inputs.x[name].shape).astype(inputs.x[name].dtype) for name, x in made.items()}
+        want.check(want.answer._replace(out=out, lse=lse, gradients=want.answer.gradients | made))
 
 
 @newest
@@ -97,7 +110,6 @@ SHAPES = {
     "two groups, head sizes that differ": Shape(T=130, S=140, H=72, V=40),
     "one head": Shape(N=1, K=1),
     "empty batch": Shape(batch=(0,)),
-    "no keys": Shape(S=0),
 }
 
 
@@ -106,13 +118,27 @@ SHAPES = {
 @pytest.mark.device
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes(shape):
-    score = EVERYTHING if shape.batch != (0,) and shape.S else NONE
+    score = EVERYTHING if shape.batch != (0,) else NONE
     agrees(Case(FULL if score is NONE else COMBINED, score, shape), "bfloat16")
 
 
+@hopper
+@pytest.mark.device
+def test_no_keys():
+    """Nothing is seen; no kernel runs."""
+    query, empty = jnp.ones((2, 5, 4, 8), jnp.bfloat16), jnp.ones((2, 0, 2, 8), jnp.bfloat16)
+    given, operands = build(query, empty, empty)
+    rows = mosaic_gpu.forward(given, operands, "cuda")
+    assert not rows.out.any() and (log_sum_exp(rows.highest, rows.total) == -jnp.inf).all()
+    wanted = tuple((i, operands[i].shape) for i in range(3))
+    made = mosaic_gpu.backward(given, operands, rows, rows.out, jnp.ones_like(rows.total), wanted)
+    assert [x.shape for x in made] == [shape for _, shape in wanted]
+    assert not made[0].any()
+
+
 CONFIGS = {
-    "narrow": mosaic_gpu.Config(block_k=64, stages=2, interpret=not ON_GPU),
-    "wide": mosaic_gpu.Config(block_k=128, stages=4, interpret=not ON_GPU),
+    "narrow": dict(block_k=64, stages=2, backward_block=64, backward_stages=2),
+    "wide": dict(block_k=128, stages=4, backward_block=128, backward_stages=4),
 }
 
 
@@ -122,6 +148,7 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_configs(config):
     """More blocks than there is room for at once, so that places in shared memory are used again."""
+    config = mosaic_gpu.Config(**config, interpret=not ON_GPU)
     agrees(Case(COMBINED, EVERYTHING, Shape(batch=(1,), T=129, S=700)), "bfloat16", config)
 
 
@@ -180,6 +207,8 @@ def test_it_runs_on_hopper_only(monkeypatch):
     [
         (dict(block_k=96), r"block_k must be one of \[64, 128\] or None, got 96"),
         (dict(stages=1), r"stages must be one of \[2, 3, 4\] or None, got 1"),
+        (dict(backward_block=32), r"backward_block must be one of \[64, 128\] or None, got 32"),
+        (dict(backward_stages=True), r"backward_stages must be one of \[2, 3, 4\] or None, got True"),
         (dict(interpret=1), "interpret must be True or False, got 1"),
     ],
 )
@@ -194,13 +223,33 @@ def test_it_runs_where_it_is_named_and_nowhere_else(monkeypatch):
     assert explain().choices["forward"].name != "mosaic_gpu"
     assert "not yet measured" in explain().choices["forward"].reasons["mosaic_gpu"]
     named = explain(implementation="mosaic_gpu")
-    assert named.choices["forward"].name == "mosaic_gpu" != named.choices["backward"].name
+    assert {named.choices[part].name for part in mosaic_gpu.PARTS} == {"mosaic_gpu"}
     assert (named.blocks.block_q, named.blocks.block_k) == (128, 128)
 
 
-@pytest.mark.parametrize("size", [64, 128, 192, 256])
-def test_what_is_chosen_fits_into_shared_memory(size):
+def test_others_give_what_it_cannot(monkeypatch):
+    """Gradients of scores, and all of large heads and of scores whose derivative it cannot run, are triton's."""
+    monkeypatch.setattr(mosaic_gpu, "NEEDS", (0, 0, 0))
+    explain = functools.partial(aj.explain, implementation="mosaic_gpu", platform="cuda")
+    bias = jax.ShapeDtypeStruct((4, 1, 256), jnp.bfloat16)
+    assert "Bias.array" in str(explain(X, X, X, score=aj.Bias(bias)))
+    large = jax.ShapeDtypeStruct((1, 256, 4, 192), jnp.bfloat16)
+    for arrays, score in ((large, None), (X, aj.ScoreFn(lambda s, b, h, q, k: jnp.sin(s) + s))):
+        found = explain(arrays, arrays, arrays, score=score)
+        assert (found.choices["forward"].name, found.choices["backward"].name) == ("mosaic_gpu", "triton")
+
+
+TILINGS = {  # by kernel and head size: rows of a block, and blocks in shared memory
+    "forward": {64: (128, 3), 128: (128, 2), 192: (64, 3), 256: (64, 2)},
+    "query": {64: (128, 3), 128: (64, 3)},
+    "key": {64: (64, 3), 128: (64, 3)},
+}
+
+
+@pytest.mark.parametrize("kernel, size", [(kernel, size) for kernel in TILINGS for size in TILINGS[kernel]])
+def test_what_is_chosen_fits_into_shared_memory(kernel, size):
     x = jax.ShapeDtypeStruct((1, 256, 4, size), jnp.bfloat16)
-    block_k, stages = mosaic_gpu._tiling(build(x, x, x)[0])
-    assert 2 * 128 * size + 2 * stages * block_k * 2 * size <= 227 * 1024
-    assert (block_k, stages) == {64: (128, 3), 128: (128, 2), 192: (64, 3), 256: (64, 2)}[size]
+    chosen = mosaic_gpu._tiling(build(x, x, x)[0], kernel)
+    own = 128 * size * (1 if kernel == "forward" else 2)
+    assert 2 * own + 2 * chosen.stages * chosen.block * 2 * size <= 227 * 1024
+    assert (chosen.block, chosen.stages) == TILINGS[kernel][size]

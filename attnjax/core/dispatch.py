@@ -72,13 +72,14 @@ def choose(
       NotImplementedError: the implementation that was named cannot take the problem.
     """
     named, part = problem.implementation, part if platform else "higher"
-    if named is not None and part not in parts_of(named):  # its config says nothing to those that run this part
+    own = named is not None and part in parts_of(named, problem, operands)
+    if named is not None and not own:  # its config says nothing to those that run this part
         problem = dataclasses.replace(problem, config=None)
     refusals = {
         name: kernel.unsupported(problem, operands, platform, part) or _without(name, problem, operands, gradients)
         for name, kernel in KERNELS.items()
     }
-    if named is not None and (part in parts_of(named) or refusals[named] is None):
+    if named is not None and (own or refusals[named] is None):
         if refusals[named] is not None:
             anyone = dataclasses.replace(problem, config=None)  # which is of the one that was named
             others = {name: kernel for name, kernel in KERNELS.items() if name != named}
@@ -123,9 +124,12 @@ def _without(name: str, problem: Problem, operands: list[Any], wanted: tuple[int
     return f"cannot give the gradient of {names}" if lacking else None
 
 
-def parts_of(name: str) -> tuple[str, ...]:
-    """The parts that an implementation has; of the others, where it is named, the best that can runs them."""
-    return getattr(KERNELS[name], "PARTS", PARTS)
+def parts_of(name: str, problem: Problem | None = None, operands: list[Any] | None = None) -> tuple[str, ...]:
+    """The parts that an implementation has, of this problem; the others, where it is named, the best that can runs."""
+    kernel = KERNELS[name]
+    if problem is not None and hasattr(kernel, "parts"):
+        return kernel.parts(problem, operands)
+    return getattr(kernel, "PARTS", PARTS)
 
 
 def _not_preferred(name: str, order: tuple[str, ...], chosen: str) -> str:

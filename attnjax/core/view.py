@@ -54,11 +54,11 @@ class View:
             seen = self._tile.visible()
             self._visible = visible if seen is None else visible & jnp.broadcast_to(seen, raw.shape)
         if self._scored:  # where nothing is seen their derivatives must stay finite
-            self._raw = self._hidden(raw * program.scale, 0.0)
+            self._raw = self.hidden(raw * program.scale, 0.0)
             logits = self._tile.modify(self._raw) * unit(split.problem)
         else:
             logits = raw * (program.scale * unit(split.problem))
-        self.logits = self._hidden(logits, -jnp.inf)
+        self.logits = self.hidden(logits, -jnp.inf)
 
     def seen(self, rows: tuple[Array, ...]) -> tuple[Array, ...]:
         """Rows by key [k, *], in chunks, 0 for keys that no query sees."""
@@ -74,10 +74,11 @@ class View:
 
     def pulled(self, d_logits: Array, wanted: list[int]) -> tuple[Array, list[Array]]:
         """Cotangents of the scaled product of query and key, and of the pieces in `wanted`."""
-        d_logits = self._hidden(d_logits, 0.0)
+        d_logits = self.hidden(d_logits, 0.0)
         return self._tile.pull(self._raw, d_logits, wanted) if self._scored else (d_logits, [])
 
-    def _hidden(self, pairs: Array, value: float) -> Array:
+    def hidden(self, pairs: Array, value: float) -> Array:
+        """The pairs of a tile, with the value where the query does not see the key."""
         return pairs if self._visible is None else jnp.where(self._visible, pairs, value)
 
     def _some(self, rows: tuple[Array, ...], over: int) -> tuple[Array, ...]:

@@ -1,15 +1,13 @@
-"""implementation="mosaic_gpu": a forward for Hopper GPUs in Pallas on Mosaic GPU, run where it is asked for by name.
+"""implementation="mosaic_gpu": kernels for Hopper GPUs in Pallas on Mosaic GPU, run where they are asked for by name.
 
-A program owns 128 queries of a head, and has three groups of four warps. One group fetches blocks of keys and values,
-a few ahead, into shared memory; the two others take 64 queries each, and one multiplies matrices while the other is at
-its softmax. Masks and scores are run on tiles by `core.split`. The derivatives are those of other implementations.
-
-Arrays whose sizes do not fit are padded first: queries to 128, keys to a block, head sizes to 64.
+Forward, and gradients of query, key, value and sinks; gradients of scores are those of other implementations. One group
+of warps fetches blocks into shared memory and two others compute (`core.hopper`): in the forward one of them multiplies
+matrices while the other is at its softmax. Each program is the only one that writes what it owns, so results are the
+same to the last bit. Masks and scores are run on tiles by `core.split`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -19,48 +17,59 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import ShapedArray
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from attnjax.core.devices import gpus
+from attnjax.core.hopper import (
+    GROUP_ROWS,
+    GROUPS,
+    ROWS,
+    SHARED,
+    Call,
+    Program,
+    Refs,
+    Tiling,
+    across,
+    padded_bytes,
+    padded_sizes,
+)
 from attnjax.core.program import Problem
 from attnjax.core.residual import NotSplittable
-from attnjax.core.softmax import Rows, add_sinks, finite
-from attnjax.core.split import Split, entry_of
+from attnjax.core.softmax import Rows, add_sinks, finite, log_sum_exp, row_delta, sink_gradient
+from attnjax.core.split import Split, summed
 from attnjax.core.view import LOG2E
-from attnjax.core.visits import Visits, visits
 from attnjax.tuning import Blocks
 
 Array = jax.Array
 
-PARTS = ("forward",)
-_GROUP_ROWS, _GROUPS = 64, 2  # queries of a group of warps (what wgmma multiplies), and how many groups compute
-_ROWS = _GROUP_ROWS * _GROUPS
-_MULTIPLE = 64  # of head sizes: a row of 128 bytes in shared memory
-_MOST_SIZE = 256
-_SHARED = 227 * 1024  # bytes of shared memory that a program may have on Hopper
+PARTS = ("forward", "backward")
+# Of heads: more does not fit into registers and shared memory. The last is for the gradients of key and value together.
+_MOST_SIZE, _MOST_BACKWARD, _MOST_TOGETHER = 256, 128, 64
 NEEDS = (0, 11, 2)  # of jax: an interpreter of these kernels, and the meaning of operations that they are written in
-_HOPPER = "NVIDIA H100 80GB HBM3"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How the kernel runs. `None` chooses.
+    """How the kernels run. `None` chooses.
 
     Attributes:
-      block_k: keys of a tile, 64 or 128.
+      block_k: keys of a tile of the forward, 64 or 128.
       stages: so many blocks of keys and values are in shared memory, 2 to 4.
-      interpret: `forward` runs as plain XLA on any device and looks for races; for tests, which call it themselves,
-        because JAX's interpreter of these kernels cannot run inside of `attention`.
+      backward_block: keys of a tile of the gradient of query, queries of one of those of key and value, 64 or 128.
+      backward_stages: as `stages`.
+      interpret: `forward` and `backward` run as plain XLA on any device and look for races; for tests, which call them
+        themselves, because JAX's interpreter of these kernels cannot run inside of `attention`.
     """
 
     block_k: int | None = None
     stages: int | None = None
+    backward_block: int | None = None
+    backward_stages: int | None = None
     interpret: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("block_k", (64, 128)), ("stages", (2, 3, 4))):
+        blocks, stages = (64, 128), (2, 3, 4)
+        fields = dict(block_k=blocks, stages=stages, backward_block=blocks, backward_stages=stages)
+        for name, allowed in fields.items():
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value not in allowed):
                 raise ValueError(f"Config: {name} must be one of {list(allowed)} or None, got {value!r}.")
@@ -72,7 +81,7 @@ def unsupported(problem: Problem, operands: list[Any], platform: str, part: str)
     """A reason why this implementation cannot take a part of the problem, or `None`."""
     config = problem.config
     if part not in PARTS:
-        return "has a forward only"
+        return "has forward and backward; other derivatives are those of the tiled code"
     if config is not None and not isinstance(config, Config):
         return "config is not one of mosaic_gpu"
     if jax.__version_info__ < NEEDS:
@@ -86,7 +95,13 @@ def unsupported(problem: Problem, operands: list[Any], platform: str, part: str)
     others = [f"{kind} ({number})" for kind, number in gpus().items() if number not in (None, "9.0")]
     if others:
         return f"runs on Hopper GPUs (compute capability 9.0), not on {', '.join(others)}"
-    return _unsupported_pieces(problem, operands)
+    return _unsupported_pieces(problem, operands) or (_no_backward(problem, operands) if part == "backward" else None)
+
+
+def parts(problem: Problem, operands: list[Any]) -> tuple[str, ...]:
+    """What it has for a problem; where that is a forward only, the backward is another's."""
+    refused = _unsupported_pieces(problem, operands) is None and _no_backward(problem, operands)
+    return PARTS[:1] if refused else PARTS
 
 
 def _unsupported_pieces(problem: Problem, operands: list[Any]) -> str | None:
@@ -99,21 +114,68 @@ def _unsupported_pieces(problem: Problem, operands: list[Any]) -> str | None:
     return None
 
 
+def _no_backward(problem: Problem, operands: list[Any]) -> str | None:
+    if max(problem.head_size, problem.value_size) > _MOST_BACKWARD:
+        return f"has a backward for head sizes up to {_MOST_BACKWARD}"
+    if "add_any" in _derivative(Split.described(problem, operands)):
+        return "cannot run the derivative of a score that uses the logit more than once"
+    return None
+
+
+def _derivative(split: Split) -> str:
+    """The operations that the derivative of the scores takes on a tile, as text."""
+    if not split.problem.program.scores:
+        return ""
+    pair = jax.ShapeDtypeStruct((1, 1), split.problem.accumulate)
+    index = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    pieces = [jax.ShapeDtypeStruct((1, 1), piece.dtype) for piece in split.pieces]
+
+    def pull(q: Array, k: Array, values: list[Array], logits: Array, ct: Array) -> Array:
+        return split.tile(q, k, np.int32(0), np.int32(0), values).pull(logits, ct, [])[0]
+
+    return str(jax.make_jaxpr(pull)(index, index, pieces, pair, pair))
+
+
+def gradients(problem: Problem, operands: list[Any]) -> tuple[int, ...]:
+    """Positions of the operands whose gradients `backward` can give: query, key, value and sinks."""
+    return tuple(i for i in problem.differentiable if i < 3 + problem.program.sinks)
+
+
 def blocks(problem: Problem, platform: str) -> Blocks:
-    """The tiles: those of a whole program."""
-    return Blocks(_ROWS, _tiling(problem)[0], (1,) * len(problem.sizes.batch), 1)
+    """The tiles of the forward: those of a whole program."""
+    return Blocks(ROWS, _tiling(problem, "forward").block, (1,) * len(problem.sizes.batch), 1)
 
 
 def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
-    """About how much memory the forward needs beside its arguments and results: rows, and what has to be padded."""
-    sizes, batch = problem.sizes, math.prod(problem.sizes.batch)
-    rows, item = _up(sizes.query_length, _ROWS) * sizes.heads * batch, 2
-    columns = _up(sizes.key_length, _tiling(problem)[0]) * sizes.key_heads * batch
-    wide = [_up(size, _MULTIPLE) for size in (problem.head_size, problem.value_size)]
-    short = sizes.query_length % _ROWS or sizes.key_length % _tiling(problem)[0]
-    narrow = wide != [problem.head_size, problem.value_size]
-    copies = item * (rows + columns) * sum(wide) if short or narrow or problem.program.mask else 0
-    return {"forward": 2 * 4 * rows + copies}
+    """About how much memory each part needs beside its arguments and results: rows, and what has to be padded."""
+    rows = 2 * 4 * math.prod(problem.out_shapes()[1])
+    copies = {kernel: padded_bytes(problem, _tiling(problem, kernel)) for kernel in ("forward", "query")}
+    return {"forward": rows + copies["forward"], "backward": rows + 2 * copies["query"]}
+
+
+def _tiling(problem: Problem, kernel: str) -> Tiling:
+    """The largest blocks, and as many of them, as fit: of the forward, or of the gradient of query, or of key."""
+    config = problem.config if isinstance(problem.config, Config) else Config()
+    sizes = padded_sizes(problem)
+    if kernel == "forward":
+        own, block, stages = ROWS * (max(sizes) if _in_place(problem) else sum(sizes)), config.block_k, config.stages
+        wide = 128
+    else:  # two tiles and the gradients of a row have to be in registers
+        own, block, stages = ROWS * sum(sizes), config.backward_block, config.backward_stages
+        wide = 128 if kernel == "query" and max(sizes) == 64 else 64
+    fits = [
+        Tiling(rows, count)
+        for rows in ((block,) if block else (wide, 64))
+        for count in ((stages,) if stages else (3, 2))
+        if 2 * (own + count * rows * sum(sizes)) <= SHARED - 4096
+    ]
+    return fits[0] if fits else Tiling(64, 2)
+
+
+def _in_place(problem: Problem) -> bool:
+    """Whether the output goes where the query was in shared memory."""
+    head_size, value_size = padded_sizes(problem)
+    return head_size == value_size
 
 
 def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
@@ -121,7 +183,7 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
     out_shape, row_shape = problem.out_shapes()
     sinks = problem.program.sinks_of(operands)
     if math.prod((*out_shape, problem.sizes.key_length)):
-        rows = _Call(problem, operands).run()
+        rows = _forward(problem, operands)
     else:  # no pairs
         zeros = jnp.zeros(row_shape, problem.accumulate)
         rows = Rows(jnp.zeros(out_shape, problem.dtype), zeros - jnp.inf, zeros)
@@ -132,329 +194,271 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
     return rows._replace(out=rows.out.astype(problem.dtype))
 
 
-def _tiling(problem: Problem) -> tuple[int, int]:
-    """Keys of a block, and how many blocks are in shared memory: the largest that fit."""
-    config = problem.config if isinstance(problem.config, Config) else Config()
-    sizes = [_up(size, _MULTIPLE) for size in (problem.head_size, problem.value_size)]
-    rows = 2 * _ROWS * (max(sizes) if _in_place(problem) else sum(sizes))
-    fits = [
-        (block_k, stages)
-        for block_k in ((config.block_k,) if config.block_k else (128, 64))
-        for stages in ((config.stages,) if config.stages else (3, 2))
-        if rows + 2 * stages * block_k * sum(sizes) <= _SHARED - 4096
-    ]
-    return fits[0] if fits else (64, 2)
+def _forward(problem: Problem, operands: list[Array]) -> Rows:
+    query, key, value = operands[:3]
+    if problem.program.mask:  # a hidden value may be NaN, and 0 times NaN is NaN: its key is NaN instead
+        whole, n = _whole(value), len(problem.sizes.batch)
+        wide = jnp.broadcast_shapes(key.shape[:n], value.shape[:n])
+        key = jnp.where(whole, jnp.broadcast_to(key, (*wide, *key.shape[n:])), jnp.nan).astype(key.dtype)
+        value = jnp.where(whole, value, 0)
+    call = _call(problem, [query, key, value, *operands[3:]], "forward")
+    entries, heads, queries, stages = call.entries, call.sizes.heads, call.queries, call.tiling.stages
+    by_row = ((entries, heads, queries), jnp.float32)
+    results = dict(out=((entries, queries, heads, call.value_size), problem.dtype), highest=by_row, total=by_row)
+    rows = call.numbers(GROUPS, GROUP_ROWS)
+    scratch = dict(
+        query=call.shared(GROUPS, GROUP_ROWS, call.head_size),
+        key=call.shared(stages, call.tiling.block, call.head_size),
+        value=call.shared(stages, call.tiling.block, call.value_size),
+        highest=rows,
+        total=rows,
+        has_own=call.barrier(GROUPS),
+        has_key=call.barrier(stages),
+        has_value=call.barrier(stages),
+        free_key=call.barrier(stages, GROUPS),
+        free_value=call.barrier(stages, GROUPS),
+        turn=call.barrier(1, GROUPS),
+    )
+    if not _in_place(problem):
+        scratch["out"] = call.shared(GROUPS, GROUP_ROWS, call.value_size)
+    made = call.run("forward", _Forward, results, scratch)
+    out_shape, row_shape = problem.out_shapes()
+    t, v = call.sizes.query_length, problem.value_size
+    across_heads = lambda x: x[..., :t].swapaxes(1, 2).reshape(row_shape)
+    return Rows(made["out"][:, :t, :, :v].reshape(out_shape), *(across_heads(made[x]) for x in ("highest", "total")))
 
 
-def _in_place(problem: Problem) -> bool:
-    """Whether the output goes where the query was in shared memory."""
-    return _up(problem.head_size, _MULTIPLE) == _up(problem.value_size, _MULTIPLE)
+def backward(
+    problem: Problem,
+    operands: list[Array],
+    rows: Rows,
+    ct_out: Array,
+    ct_lse: Array,
+    wanted: tuple[tuple[int, tuple[int, ...]], ...],
+) -> list[Array]:
+    """Gradients of the operands in `wanted`: pairs of position and shape (batch axes of size 1 are summed over)."""
+    shapes, delta = dict(wanted), row_delta(rows, ct_out, ct_lse)
+    made = {}
+    if problem.program.sinks and 3 in shapes:
+        made[3] = sink_gradient(operands[3], rows, delta, shapes[3])
+    if not math.prod((*problem.out_shapes()[0], problem.sizes.key_length)):  # no pairs
+        made = {i: jnp.zeros(shape, problem.accumulate) for i, shape in wanted} | made
+        return [made[i] for i, _ in wanted]
+    query, key, value = operands[:3]
+    ct_out, lse = ct_out.astype(problem.dtype), finite(log_sum_exp(rows.highest, rows.total)) * LOG2E
+    if problem.program.mask:  # what is hidden may be NaN: its rows are 0, and NaN only in the log-sum-exp
+        key, value = (jnp.where(_whole(x), x, 0) for x in (key, value))
+        whole = _whole(query) & _whole(ct_out)
+        n = len(problem.sizes.batch)
+        query = jnp.where(whole, jnp.broadcast_to(query, (*problem.sizes.batch, *query.shape[n:])), 0)
+        ct_out = jnp.where(whole, ct_out, 0)
+        lse, delta = jnp.where(whole[..., 0], lse, jnp.nan), jnp.where(whole[..., 0], delta, 0.0)
+    operands = [query, key, value, *operands[3:]]
+    together = max(padded_sizes(problem)) <= _MOST_TOGETHER
+    for kernel, own in (("query", (0,)), *([("key", (1, 2))] if together else [("key", (1,)), ("key", (2,))])):
+        if some := [i for i in own if i in shapes]:
+            call = _call(problem, operands, kernel)
+            for name, x in (("ct_out", ct_out), ("lse", lse), ("delta", delta)):
+                call.give(name, x)
+            made |= dict(zip(some, _gradients(call, some), strict=True))
+    for i in range(3):
+        if i in shapes:
+            length, size = operands[i].shape[-3], shapes[i][-1]
+            x = made[i][:, :length, :, :size].astype(problem.accumulate)
+            made[i] = summed(x.reshape(*problem.sizes.batch, *x.shape[1:]), shapes[i])
+    return [made[i] for i, _ in wanted]
 
 
-class _Call:
-    """A call's arrays, padded, with one batch axis; and the kernel."""
-
-    def __init__(self, problem: Problem, operands: list[Array]):
-        from jax.experimental import pallas as pl
-        from jax.experimental.pallas import mosaic_gpu as plgpu
-
-        self.pl, self.gpu = pl, plgpu
-        self.problem, self.sizes, self.batch = problem, problem.sizes, problem.sizes.batch
-        self.config = problem.config or Config()
-        self.block_k, self.stages = _tiling(problem)
-        self.entries = math.prod(self.batch)
-        self.split = Split(problem, operands)
-        self.visits: Visits = visits(problem, operands, _ROWS, self.block_k)
-        self.queries = _up(self.sizes.query_length, _ROWS)
-        self.keys = _up(self.sizes.key_length, self.block_k)
-        self.head_size, self.value_size = (_up(x, _MULTIPLE) for x in (problem.head_size, problem.value_size))
-        n = len(self.batch)
-        query, key, value = operands[:3]
-        if problem.program.mask:  # a hidden value may be NaN, and 0 times NaN is NaN: its key is NaN instead
-            whole = jnp.isfinite(value).all(-1, keepdims=True)
-            wide = jnp.broadcast_shapes(key.shape[:n], value.shape[:n])
-            key = jnp.where(whole, jnp.broadcast_to(key, (*wide, *key.shape[n:])), jnp.nan).astype(key.dtype)
-            value = jnp.where(whole, value, 0)
-        self.lanes = [tuple(x.shape[:n]) for x in (query, key, value)]
-        flat = lambda x, *sizes: _padded(x.reshape(-1, *x.shape[n:]), sizes)
-        self.given = [
-            flat(query, self.queries, self.sizes.heads, self.head_size),
-            flat(key, self.keys, self.sizes.key_heads, self.head_size),
-            flat(value, self.keys, self.sizes.key_heads, self.value_size),
-            jnp.asarray(self.visits.counts),
-            jnp.asarray(self.visits.blocks),
-            *(self._piece(i) for i in range(len(self.split.pieces))),
-        ]
-
-    def _piece(self, i: int) -> Array:
-        """A piece as the kernel loads it: [entries, N or 1, *T, *S], padded; booleans as integers."""
-        piece, x = self.split.pieces[i], jnp.asarray(self.split.arrays[i])
-        x = x.astype(jnp.int32) if x.dtype == np.bool_ else x
-        x = x if piece.keys else x[..., 0]
-        x = x if piece.queries else x[:, :, 0]
-        lengths = [self.queries] * piece.queries + [self.keys] * piece.keys
-        return _padded(x, [x.shape[1], *lengths])
-
-    def run(self) -> Rows:
-        launch = _Launch(self)
-        made = launch(*self.given) if self.config.interpret else _kernel_p.bind(*self.given, launch=launch)
-        out, highest, total = made
-        shape, rows = self.problem.out_shapes()
-        t, v = self.sizes.query_length, self.problem.value_size
-        across = lambda x: x[..., :t].swapaxes(1, 2).reshape(rows)
-        return Rows(out[:, :t, :, :v].reshape(shape), across(highest), across(total))
+def _gradients(call: Call, wanted: list[int]) -> list[Array]:
+    """Of query, or of key and value, or of one of these: [entries, rows, heads, size], with what is padded."""
+    sizes, stages, block = call.sizes, call.tiling.stages, call.tiling.block
+    size_of = dict(query=call.head_size, key=call.head_size, value=call.value_size, ct_out=call.value_size)
+    rows, heads = (call.keys, sizes.key_heads) if call.by_key else (call.queries, sizes.heads)
+    names = [("query", "key", "value")[i] for i in wanted]
+    shapes = {name: (call.entries, rows, heads, size_of[name]) for name in names}
+    # What its groups own, and what is fetched, with the numbers that come with it.
+    own, fetched = ["query", "ct_out"], dict[str, list[str]](key=[], value=[])
+    if call.by_key:
+        needs_delta = "key" in names
+        own = ["key", "value"] if needs_delta else ["key", *names]
+        fetched = dict(query=["lse"], ct_out=["delta"] if needs_delta else [])
+    scratch: Refs = {name: call.shared(GROUPS, GROUP_ROWS, size_of[name]) for name in own}
+    scratch["has_own"] = call.barrier(GROUPS, len(own))
+    for name, numbers in fetched.items():
+        scratch[name] = call.shared(stages, block, size_of[name])
+        scratch |= {number: call.numbers(stages, block) for number in numbers}
+        scratch |= {f"has_{name}": call.barrier(stages, 1 + len(numbers)), f"free_{name}": call.barrier(stages, GROUPS)}
+    results = {f"d_{name}": (shape, call.problem.dtype) for name, shape in shapes.items()}
+    program = _OfKey if call.by_key else _OfQuery
+    return list(call.run(f"backward_{'_'.join(names)}", program, results, scratch).values())
 
 
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+def _call(problem: Problem, operands: list[Array], kernel: str) -> Call:
+    interpret = isinstance(problem.config, Config) and problem.config.interpret
+    return Call(problem, operands, _tiling(problem, kernel), by_key=kernel == "key", interpret=interpret)
 
 
-def _padded(x: Array, sizes: Any) -> Array:
-    """With zeros, from the second axis on."""
-    widths = [(0, 0), *((0, size - have) for have, size in zip(x.shape[1:], sizes, strict=True))]
-    return jnp.pad(x, widths) if any(after for _, after in widths) else x
+def _whole(rows: Array) -> Array:
+    """Whether all of a row is finite."""
+    return jnp.isfinite(rows).all(-1, keepdims=True)
 
 
-class _Launch:
-    """The kernel of a call, to be called with its arrays."""
-
-    def __init__(self, call: _Call):
-        self.call = call
-        e, t, n = call.entries, call.queries, call.sizes.heads
-        row = jax.ShapeDtypeStruct((e, n, t), jnp.float32)
-        self.results = [jax.ShapeDtypeStruct((e, t, n, call.value_size), call.problem.dtype), row, row]
-
-    def __call__(self, *arrays: Array) -> list[Array]:
-        call, gpu = self.call, self.call.gpu
-        dtype, stages = jnp.dtype(call.problem.dtype), call.stages
-        transforms = (gpu.TilingTransform((8, 64)), gpu.SwizzleTransform(128))
-        shared = lambda *shape: gpu.SMEM(shape, dtype, transforms=transforms)
-        rows = gpu.SMEM((_GROUPS, _GROUP_ROWS), jnp.float32)
-        scratch = dict(
-            query=shared(_GROUPS, _GROUP_ROWS, call.head_size),
-            key=shared(stages, call.block_k, call.head_size),
-            value=shared(stages, call.block_k, call.value_size),
-            highest=rows,
-            total=rows,
-            has_query=gpu.Barrier(num_barriers=_GROUPS),
-            has_key=gpu.Barrier(num_barriers=stages),
-            has_value=gpu.Barrier(num_barriers=stages),
-            free_key=gpu.Barrier(num_arrivals=_GROUPS, num_barriers=stages),
-            free_value=gpu.Barrier(num_arrivals=_GROUPS, num_barriers=stages),
-            turn=gpu.Barrier(num_arrivals=_GROUPS),
-        )
-        if not _in_place(call.problem):
-            scratch["out"] = shared(_GROUPS, _GROUP_ROWS, call.value_size)
-
-        def kernel(*refs: Any) -> None:
-            call.pl.run_scoped(
-                lambda **own: _Program(call, refs[: len(arrays)], refs[len(arrays) :], own).run(),
-                collective_axes="group",
-                **scratch,
-            )
-
-        if call.config.interpret:
-            device = jax.sharding.AbstractDevice(device_kind=_HOPPER, platform="gpu", num_cores=132)
-            pretended = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
-            options: dict[str, Any] = dict(interpret=gpu.InterpretGPUParams(detect_races=True))
-        else:
-            pretended, options = contextlib.nullcontext(), dict(compiler_params=gpu.CompilerParams(approx_math=True))
-        run = gpu.kernel(
-            kernel,
-            out_type=self.results,
-            grid=(call.sizes.heads, call.queries // _ROWS, call.entries),
-            grid_names=("head", "row", "entry"),
-            num_threads=_GROUPS + 1,
-            thread_name="group",
-            **options,
-        )
-        with pretended:
-            return list(run(*arrays))
-
-
-class _Program:
-    """One program: 128 queries of a head."""
-
-    def __init__(self, call: _Call, given: Any, results: Any, own: dict[str, Any]):
-        self.call, self.gpu, self.pl, self.own = call, call.gpu, call.pl, own
-        self.query, self.key, self.value, self.counts, self.blocks, *self.pieces = given
-        self.results = results
-        self.b, self.h, self.row = (lax.axis_index(name) for name in ("entry", "head", "row"))
-        self.group = lax.axis_index("group")
-        at = (call.visits.entry(call.batch, self.b), call.visits.head(self.h), self.row)
-        self.partial, self.visited = self.counts[*at, 0], self.counts[*at, 1]
-        self.block_of = lambda place: self.blocks[*at, place]
-
-    def run(self) -> None:
-        when = self.pl.when
-
-        @when(self.group == _GROUPS)
-        def _fetch() -> None:
-            self.gpu.set_max_registers(40, action="decrease")
-            self.fetch()
-
-        @when(self.group < _GROUPS)
-        def _compute() -> None:
-            self.gpu.set_max_registers(232, action="increase")
-            self.compute()
+class _OverKeys(Program):
+    """A program that owns queries: keys and values are fetched."""
 
     def fetch(self) -> None:
-        """Brings keys and values, each block as soon as its place in shared memory is free."""
-        call, own, gpu = self.call, self.own, self.gpu
-        kv = lax.div(self.h, np.int32(call.sizes.group))
-        key_entry, value_entry = (entry_of(lanes, call.batch, self.b) for lanes in call.lanes[1:])
+        kv, size = lax.div(self.head, np.int32(self.call.sizes.group)), self.call.tiling.block
 
-        def bring(place: Any, _: Any) -> None:
-            slot = lax.rem(place, np.int32(call.stages))
-            keys = self.pl.ds(self.block_of(place) * call.block_k, call.block_k)
+        def bring(place: Any, block: Any, _: Any, masked: bool) -> None:
+            keys = self.pl.ds(block * size, size)
+            for name in ("key", "value"):
+                self.bring(place, f"free_{name}", f"has_{name}", (self.refs[name].at[self.entry(name), keys, kv], name))
 
-            @self.pl.when(place >= call.stages)
-            def _wait_key() -> None:
-                gpu.barrier_wait(own["free_key"].at[slot])
+        self.visit(self.head, bring, None)
 
-            gpu.copy_gmem_to_smem(self.key.at[key_entry, keys, kv], own["key"].at[slot], own["has_key"].at[slot])
+    def over_keys(self, step: Any, state: Any) -> Any:
+        """Goes through the blocks of keys: `step(place, block, state, masked, known=)`."""
+        return self.visit(self.head, functools.partial(step, known=self.loaded(self.head, None, {})), state)[1]
 
-            @self.pl.when(place >= call.stages)
-            def _wait_value() -> None:
-                gpu.barrier_wait(own["free_value"].at[slot])
 
-            gpu.copy_gmem_to_smem(
-                self.value.at[value_entry, keys, kv], own["value"].at[slot], own["has_value"].at[slot]
-            )
-
-        lax.fori_loop(np.int32(0), self.visited, bring, None)
+class _Forward(_OverKeys):
+    """Attention of 128 queries."""
 
     def compute(self) -> None:
-        """The attention of this group's 64 queries."""
-        call, own, gpu, group = self.call, self.own, self.gpu, self.group
-        by_row = gpu.Layout.WGMMA.reduce(1)
-        start = self.row * _ROWS + group * _GROUP_ROWS
-        entry = entry_of(call.lanes[0], call.batch, self.b)
-        rows = self.pl.ds(start, _GROUP_ROWS)
-        gpu.copy_gmem_to_smem(self.query.at[entry, rows, self.h], own["query"].at[group], own["has_query"].at[group])
-        gpu.barrier_wait(own["has_query"].at[group])
-        fill = lambda shape, value, layout: gpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
-        state = (
-            fill((_GROUP_ROWS, call.value_size), 0.0, gpu.Layout.WGMMA),
-            fill((_GROUP_ROWS,), -jnp.inf, by_row),
-            fill((_GROUP_ROWS,), 0.0, by_row),
-        )
-        known = self.loaded(start, None, {})
-        self.pl.when(group == 1)(self.take_turns)  # half a step behind the other group
-        for masked, first, last in ((True, np.int32(0), self.partial), (False, self.partial, self.visited)):
-            step = functools.partial(self.step, masked=masked, start=start, known=known)
-            state = lax.fori_loop(first, last, step, state)
-        self.pl.when(group == 0)(self.take_turns)
+        call, refs = self.call, self.refs
+        self.bring_own((refs["query"].at[self.entry("query"), self.rows, self.head], "query"))
+        fill = lambda value, *size: self.full((GROUP_ROWS, *size), value)
+        self.pl.when(self.group == 1)(self.take_turns)  # half a step behind the other group
+        state = self.over_keys(self.step, (fill(0.0, call.value_size), fill(-jnp.inf), fill(0.0)))
+        self.pl.when(self.group == 0)(self.take_turns)
         out, highest, total = state
-        share = 1 / jnp.where(total == 0.0, 1.0, total)
-        place = own["query" if _in_place(call.problem) else "out"].at[group]
-        place[...] = (out * _across(share, out.shape, 0)).astype(call.problem.dtype)
+        out = out * across(1 / jnp.where(total == 0.0, 1.0, total), out.shape, 0)
         # The total goes with what `highest` is rounded to as it leaves the units of log 2.
         natural = highest * math.log(2)
-        own["highest"].at[group][...] = natural
-        own["total"].at[group][...] = total * jnp.exp2(finite(highest) - finite(natural) * LOG2E)
-        gpu.commit_smem()
-        to_out, *to_rows = self.results
-        gpu.copy_smem_to_gmem(place, to_out.at[self.b, rows, self.h])
-        for name, to in zip(("highest", "total"), to_rows, strict=True):
-            gpu.copy_smem_to_gmem(own[name].at[group], to.at[self.b, self.h, rows])
-        gpu.wait_smem_to_gmem(0)
+        total = total * jnp.exp2(finite(highest) - finite(natural) * LOG2E)
+        by_row = lambda name: refs[name].at[self.b, self.head, self.rows]
+        self.write(
+            (out, "query" if _in_place(call.problem) else "out", refs["out"].at[self.b, self.rows, self.head]),
+            (natural, "highest", by_row("highest")),
+            (total, "total", by_row("total")),
+        )
 
     def take_turns(self) -> None:
         """Waits for the other group: one multiplies while the other does not."""
         self.gpu.barrier_arrive(self.own["turn"])
         self.gpu.barrier_wait(self.own["turn"])
 
-    def step(self, place: Any, state: Any, *, masked: bool, start: Any, known: dict[int, Array]) -> Any:
+    def step(self, place: Any, block: Any, state: Any, masked: bool, known: dict[int, Array]) -> Any:
         """A block of keys joins the softmax."""
-        call, own, gpu = self.call, self.own, self.gpu
+        own, gpu, slot = self.own, self.gpu, self.slot(place)
         out, highest, total = state
-        slot = lax.rem(place, np.int32(call.stages))
         gpu.barrier_wait(own["has_key"].at[slot])
-        key = own["key"].at[slot]
-
-        def product(raw: Any) -> Array:
-            gpu.wgmma(raw, own["query"].at[self.group], key.transpose((1, 0)))
-            self.take_turns()
-            return raw[...]
-
-        raw = self.pl.run_scoped(product, gpu.ACC((_GROUP_ROWS, call.block_k), jnp.float32))
+        pair = own["query"].at[self.group], own["key"].at[slot]
+        (raw,) = self.products(pair, meanwhile=self.take_turns)
         gpu.barrier_arrive(own["free_key"].at[slot])
-        tile, logits = self.logits(raw, start, self.block_of(place) * call.block_k, masked, known)
-        new = jnp.maximum(highest, logits.max(axis=1))
+        view = self.view(self.head, block, raw, masked, known)
+        new = jnp.maximum(highest, view.logits.max(axis=1))
         safe = finite(new)
         shrink = jnp.exp2(highest - safe)
-        weights = jnp.exp2(logits - _across(safe, logits.shape, 0))
+        weights = jnp.exp2(view.logits - self.across(safe, 0))
         total = total * shrink + weights.sum(axis=1)
-        out = out * _across(shrink, out.shape, 0)
-        weights = tile.drop(weights).astype(call.problem.dtype)
+        out = out * across(shrink, out.shape, 0)
+        weights = view.drop(weights).astype(self.call.problem.dtype)
         self.take_turns()
         gpu.barrier_wait(own["has_value"].at[slot])
-        value = own["value"].at[slot]
-        if call.config.interpret:  # which has no products of registers and shared memory
-            out = out + jnp.dot(weights, value[...], preferred_element_type=jnp.float32)
-            gpu.commit_smem()
-        else:
-            out = self.pl.run_state(lambda sums: gpu.wgmma(sums, weights, value))(gpu.ACC.init(out))
+        out = self.add(out, weights, own["value"].at[slot])
         gpu.barrier_arrive(own["free_value"].at[slot])
         return out, new, total
 
-    def logits(self, raw: Array, q: Any, k: Any, masked: bool, known: dict[int, Array]) -> tuple[Any, Array]:
-        """The tile of these first query and key, and its logits in units of log 2."""
-        call, program, shape = self.call, self.call.problem.program, raw.shape
-        index = lambda first, axis: (
-            first + self.gpu.broadcasted_iota(jnp.int32, shape, axis, layout=self.gpu.Layout.WGMMA)
-        )
-        queries, keys = index(q, 0), index(k, 1)
-        loaded = self.loaded(q, k, known, () if masked else call.split.of_mask)
-        values = [loaded.get(n) for n in range(len(call.split.pieces))]
-        tile = call.split.tile(queries, keys, self.b, self.h, values)
-        seen = None
-        if masked:
-            seen = tile.visible()
-            if call.keys != call.sizes.key_length:
-                inside = keys < call.sizes.key_length
-                seen = inside if seen is None else seen & inside
-        hidden = lambda pairs, value: pairs if seen is None else jnp.where(seen, pairs, value)
-        if program.scores:  # where nothing is seen they must stay finite
-            return tile, hidden(tile.modify(hidden(raw * program.scale, 0.0)) * LOG2E, -jnp.inf)
-        return tile, hidden(raw * (program.scale * LOG2E), -jnp.inf)
 
-    def loaded(self, q: Any, k: Any, known: dict[int, Array], without: Any = ()) -> dict[int, Array]:
-        """The pieces of a tile, spread over it; without `k` those that need no keys."""
-        call, gpu, shape = self.call, self.gpu, (_GROUP_ROWS, self.call.block_k)
-        found = dict(known)
-        for n, piece in enumerate(call.split.pieces):
-            if n in known or n in without or n == call.split.sinks or (piece.keys and k is None):
-                continue
-            at: list[Any] = [piece.entry(call.batch, self.b), self.h if piece.heads else 0]
-            at += [self.pl.ds(q, _GROUP_ROWS)] if piece.queries else []
-            at += [self.pl.ds(k, call.block_k)] if piece.keys else []
-            ref = self.pieces[n]
-            load = lambda layout, ref=ref, at=at: gpu.load(ref.at[tuple(at)], layout=layout, optimized=False)
-            if piece.queries and piece.keys:
-                x = load(gpu.Layout.WGMMA)
-            elif piece.queries:
-                x = _across(load(gpu.Layout.WGMMA.reduce(1)), shape, 0)
-            elif piece.keys:
-                x = _across(load(gpu.Layout.WGMMA.reduce(0)), shape, 1)
-            else:
-                x = gpu.layout_cast(jnp.full(shape, ref[tuple(at)], ref.dtype), gpu.Layout.WGMMA)
-            found[n] = x != 0 if piece.dtype == "bool" else x
-        return found
+class _OfQuery(_OverKeys):
+    """The gradient of 128 queries."""
+
+    registers = (24, 240)
+
+    def compute(self) -> None:
+        call, refs, gpu = self.call, self.refs, self.gpu
+        own = lambda name, entry: (refs[name].at[entry, self.rows, self.head], name)
+        self.bring_own(own("query", self.entry("query")), own("ct_out", self.b))
+        load = functools.partial(gpu.load, layout=gpu.Layout.WGMMA.reduce(1), optimized=False)
+        self.lse, self.delta = (load(refs[name].at[self.b, self.head, self.rows]) for name in ("lse", "delta"))
+        d_query = self.over_keys(self.step, self.full((GROUP_ROWS, call.head_size), 0.0))
+        to = refs["d_query"].at[self.b, self.rows, self.head]
+        self.write((d_query * call.problem.program.scale, "query", to))
+
+    def step(self, place: Any, block: Any, d_query: Array, masked: bool, known: dict[int, Array]) -> Array:
+        own, gpu, slot = self.own, self.gpu, self.slot(place)
+        key, value = own["key"].at[slot], own["value"].at[slot]
+        gpu.barrier_wait(own["has_key"].at[slot])
+        (raw,) = self.products((own["query"].at[self.group], key))
+        view = self.view(self.head, block, raw, masked, known)
+        weights = jnp.exp2(view.logits - self.across(self.lse, 0))
+        gpu.barrier_wait(own["has_value"].at[slot])
+        (d_weights,) = self.products((own["ct_out"].at[self.group], value))
+        gpu.barrier_arrive(own["free_value"].at[slot])
+        d_raw, _ = view.pulled(weights * (view.drop(d_weights) - self.across(self.delta, 0)), [])
+        d_query = self.add(d_query, d_raw, key)
+        gpu.barrier_arrive(own["free_key"].at[slot])
+        return d_query
 
 
-def _across(x: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """A vector along an axis of a tile, spread over the other one."""
-    return lax.broadcast_in_dim(x, shape, [axis])
+class _OfKey(Program):
+    """The gradients of 128 keys, or values, or both, from all heads of their group. Queries are columns of tiles."""
 
+    registers = (24, 240)
 
-# A primitive of its own, so that the kernel is built where its device is known.
-_kernel_p = Primitive("attnjax_mosaic_gpu")
-_kernel_p.multiple_results = True
-_kernel_p.def_abstract_eval(lambda *_, launch: [ShapedArray(x.shape, jnp.dtype(x.dtype)) for x in launch.results])
-mlir.register_lowering(
-    _kernel_p,
-    lambda ctx, *arrays, launch: mlir.lower_fun(launch, multiple_results=True)(ctx, *arrays),
-    platform="cuda",
-)
+    def heads(self, step: Any, state: Any, before: Any = lambda h: None) -> Any:
+        """Goes through the blocks of all query heads: `step(h, before(h), place, block, state, masked)`."""
+
+        def head(n: Any, carry: Any) -> Any:
+            start, state = carry
+            h = self.head * np.int32(self.call.sizes.group) + n
+            first = before(h)
+            one = lambda place, *rest: step(h, first, start + place, *rest)
+            visited, state = self.visit(h, one, state)
+            return start + visited, state
+
+        return lax.fori_loop(np.int32(0), np.int32(self.call.sizes.group), head, (np.int32(0), state))[1]
+
+    def fetch(self) -> None:
+        refs, size = self.refs, self.call.tiling.block
+
+        def bring(h: Any, _known: Any, place: Any, block: Any, _state: Any, _masked: bool) -> None:
+            queries = self.pl.ds(block * size, size)
+            for name, entry, number in (("query", self.entry("query"), "lse"), ("ct_out", self.b, "delta")):
+                copies = [(refs[name].at[entry, queries, h], name)]
+                copies += [(refs[number].at[self.b, h, queries], number)] if number in self.own else []
+                self.bring(place, f"free_{name}", f"has_{name}", *copies)
+
+        self.heads(bring, None)
+
+    def compute(self) -> None:
+        call, refs, own = self.call, self.refs, [name for name in ("key", "value") if name in self.own]
+        self.bring_own(*((refs[name].at[self.entry(name), self.rows, self.head], name) for name in own))
+        sizes = dict(d_key=call.head_size, d_value=call.value_size)
+        sums = {name: self.full((GROUP_ROWS, size), 0.0) for name, size in sizes.items() if name in refs}
+        sums = self.heads(self.step, sums, lambda h: self.loaded(h, None, {}))
+        if "d_key" in sums:
+            sums["d_key"] *= call.problem.program.scale
+        places = dict(d_key="key", d_value="value")
+        self.write(*((x, places[name], refs[name].at[self.b, self.rows, self.head]) for name, x in sums.items()))
+
+    def step(self, h: Any, known: Any, place: Any, block: Any, sums: dict[str, Array], masked: bool) -> Any:
+        own, gpu, slot, sums = self.own, self.gpu, self.slot(place), dict(sums)
+        load = functools.partial(gpu.load, layout=gpu.Layout.WGMMA.reduce(0), optimized=False)
+        column = lambda name: self.across(load(own[name].at[slot]), 1)
+        query, ct_out = own["query"].at[slot], own["ct_out"].at[slot]
+        gpu.barrier_wait(own["has_query"].at[slot])
+        (raw,) = self.products((own["key"].at[self.group], query))
+        view = self.view(h, block, raw, masked, known)
+        weights = view.hidden(jnp.exp2(view.logits - column("lse")), 0.0)
+        gpu.barrier_wait(own["has_ct_out"].at[slot])
+        if "d_value" in sums:
+            sums["d_value"] = self.add(sums["d_value"], view.drop(weights), ct_out)
+        if "d_key" in sums:
+            (d_weights,) = self.products((own["value"].at[self.group], ct_out))
+            d_raw, _ = view.pulled(weights * (view.drop(d_weights) - column("delta")), [])
+            sums["d_key"] = self.add(sums["d_key"], d_raw, query)
+        gpu.barrier_arrive(own["free_ct_out"].at[slot])
+        gpu.barrier_arrive(own["free_query"].at[slot])
+        return sums

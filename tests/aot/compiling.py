@@ -59,6 +59,7 @@ def prepare(dump: Path, schedule: bool = False) -> None:
     """Sets the variables that compilers read when they are first used. To be called before JAX is imported."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_emitter_re=ptx"
     os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_cuda_data_dir={_toolkit()}" if _toolkit() else flags
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(dump)  # the PTX of Mosaic GPU's kernels
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no cloud machine to be asked what it is
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"

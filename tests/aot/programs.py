@@ -20,14 +20,14 @@ class Program:
       name: unique; the kernel's name comes first.
       build: gives the function of arrays, and its arguments as `jax.ShapeDtypeStruct`s.
       targets: names of `targets.TARGETS`.
-      spills: whether its GPU kernels may spill registers.
+      spills: so many bytes, stores and loads, may each of its GPU kernels spill.
       schedule: whether the bundles of its TPU kernels are to be counted.
     """
 
     name: str
     build: Callable[[], tuple[Callable[..., Any], list[Any]]]
     targets: tuple[str, ...]
-    spills: bool = False
+    spills: int = 0
     schedule: bool = False
 
 

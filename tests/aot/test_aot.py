@@ -45,7 +45,7 @@ def test_compiles_within_the_limits_of_the_device(case, facts, record_property):
     """Registers, shared memory, VMEM: what does not fit is an error of the compiler, or spills."""
     found = facts(*case)
     assert not found.error
-    assert PROGRAMS[case[1]].spills or not found.spilled
+    assert max(found.spilled.values(), default=0) <= PROGRAMS[case[1]].spills
     record_property("facts", json.dumps([*case, found.kernels, found.schedules]))
 
 
