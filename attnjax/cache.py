@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from attnjax.attention import attention
+from attnjax.core.checks import check_count
 from attnjax.core.node import describe, is_array
 from attnjax.core.placed import placed
 from attnjax.masks import Causal, Mask, Window, as_mask
@@ -105,11 +106,8 @@ class KVCache:
         value_size = head_size if value_size is None else value_size
         sizes = {"capacity": capacity, "key_heads": key_heads, "head_size": head_size, "value_size": value_size}
         for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-                raise ValueError(f"KVCache: {name} must be an integer of at least 1, got {size!r}.")
-        dtype = jnp.dtype(dtype)
-        if dtype != jnp.int8 and not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 2):
-            raise TypeError(f"KVCache: dtype must be float64, float32, bfloat16, float16 or int8, got {dtype.name}.")
+            check_count(f"KVCache: {name}", size)
+        dtype = checked_dtype("KVCache: dtype", dtype)
         if window is not None:
             if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 0:
                 raise ValueError(f"KVCache: window must be an integer of at least 0 or None, got {window!r}.")
@@ -307,6 +305,22 @@ def _written(held: Array, new: Array, slots: Array) -> Array:
     for _ in range(n):
         write = jax.vmap(write)
     return write(held, new, slots)
+
+
+def checked_dtype(name: str, dtype: Any) -> np.dtype:
+    """What a cache can store.
+
+    Raises:
+      TypeError: anything else.
+    """
+    known = "float64, float32, bfloat16, float16 or int8"
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(f"{name} must be {known}, got {dtype!r}.") from error
+    if found != jnp.int8 and not (jnp.issubdtype(found, jnp.floating) and found.itemsize >= 2):
+        raise TypeError(f"{name} must be {known}, got {found.name}.")
+    return found
 
 
 def _quantized(x: Array) -> tuple[Array, Array]:

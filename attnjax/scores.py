@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnjax.core.checks import check_integer
+from attnjax.core.checks import check_count, check_integer
 from attnjax.core.functions import trace
 from attnjax.core.node import Node, describe, is_array
 from attnjax.core.tiles import Tile, everything
@@ -177,8 +177,7 @@ class RelativeBias(Score):
             raise ValueError(f"RelativeBias: table must have at least {least} buckets, got {describe(self.table)}.")
         if not isinstance(self.offset, int) or isinstance(self.offset, bool):
             raise TypeError(f"RelativeBias: offset must be a Python integer, got {describe(self.offset)}.")
-        if not isinstance(self.max_distance, int) or self.max_distance < 1:
-            raise ValueError(f"RelativeBias: max_distance must be an integer of at least 1, got {self.max_distance!r}.")
+        check_count("RelativeBias: max_distance", self.max_distance)
 
     def evaluate(self, logits: Array, tile: Tile) -> Array:
         table = _like(tile.take(self.table, ".h"), logits)

@@ -140,6 +140,22 @@ def test_one_compiled_step_writes_the_cache_in_place(gpt):
     assert memory.temp_size_in_bytes < held / 20
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_what_the_cache_stores(gpt, tiny, dtype):
+    """Greedy tokens are those of a loop with such caches, written by hand."""
+    caches = gpt.create_caches(1, 10, dtype=dtype)
+    assert caches[0].key.dtype == dtype
+    made, tokens = [], [5, 9, 3, 7]
+    for _ in range(6):
+        logits, caches = gpt(jnp.array([tokens]), caches=caches, deterministic=True)
+        tokens = [int(logits[0, -1].argmax())]
+        made += tokens
+    assert generate(gpt, [[5, 9, 3, 7]], max_new_tokens=6, cache_dtype=dtype).lists() == [made]
+    rules = dict(start_token=1, stop_token=STOP, max_new_tokens=4, beams=2)
+    near, exact = (beam_search(tiny, [[4, 3, 1]], cache_dtype=d, **rules).scores for d in (dtype, None))
+    assert 0 < float(abs(near - exact).max()) < 0.05
+
+
 def test_the_prompts_make_no_logits_but_the_last():
     """At a vocabulary of a million, those of all 16 tokens would be 64 MB."""
     config = DECODERS["gpt"].__class__(**{**vars(DECODERS["gpt"]), "vocab_size": 2**20})
@@ -247,6 +263,8 @@ def test_scores_fall_and_a_row_does_not_depend_on_others(tiny):
             TypeError,
             r"rng must be a PRNG key, such as jax.random.key\(0\), got 0",
         ),
+        ([[1]], {"cache_dtype": "int4"}, TypeError, "cache_dtype must be float64, .* or int8, got int4"),
+        ([[1]], {"cache_dtype": "small"}, TypeError, "cache_dtype must be float64, .* or int8, got 'small'"),
         ([[1]], {"memory": np.ones(3)}, ValueError, "memory was given, and DecoderLM attends to its own tokens only"),
     ],
 )

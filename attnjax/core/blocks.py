@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnjax.core.checks import check_leaves, check_static_lengths
+from attnjax.core.checks import check_count, check_leaves, check_static_lengths
 from attnjax.core.tiles import Grid, Sizes, operand_form, with_leaves
 from attnjax.masks import as_mask
 
@@ -61,12 +61,10 @@ class BlockMap:
           heads: N, when arrays of the mask have heads or its functions read h.
           block_q, block_k: size of a block; the call that uses the map takes these.
         """
-        for name, size in (("block_q", block_q), ("block_k", block_k)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"BlockMap: {name} must be an integer of at least 1, got {size!r}.")
-        for name, size in (("query_length", query_length), ("key_length", key_length)):
-            if not isinstance(size, int) or size < 0:
-                raise ValueError(f"BlockMap: {name} must be an integer of at least 0, got {size!r}.")
+        check_count("BlockMap: block_q", block_q)
+        check_count("BlockMap: block_k", block_k)
+        check_count("BlockMap: query_length", query_length, least=0)
+        check_count("BlockMap: key_length", key_length, least=0)
         mask = as_mask(mask)
         check_leaves(mask, "mask", tuple(batch), {"t": query_length, "s": key_length, "h": heads})
         check_static_lengths(mask, "mask", query_length, key_length)

@@ -150,6 +150,16 @@ def check_integer(node: str, name: str, value: Any, least: int | None = None) ->
         raise ValueError(f"{node}: {name} must be at least {least}, got {known.min()}.")
 
 
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """An integer of at least `least`.
+
+    Raises:
+      ValueError: anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
 def check_scale(scale: Any) -> None:
     """A number, or a scalar array of floats.
 

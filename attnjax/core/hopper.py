@@ -120,10 +120,8 @@ class Call:
           scratch: shared memory and barriers, by name.
         """
         shapes = {key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype) in results.items()}
-        launch, arrays = (
-            _Launch(f"attnjax_{name}", self, program, tuple(self.given), shapes, scratch),
-            self.given.values(),
-        )
+        launch = _Launch(f"attnjax_{name}", self, program, tuple(self.given), shapes, scratch)
+        arrays = list(self.given.values())
         made = launch(*arrays) if self.interpret else _kernel_p.bind(*arrays, launch=launch)
         return dict(zip(results, made, strict=True))
 

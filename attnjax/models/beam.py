@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnjax.models.generate import Frozen, check_count, check_pad, check_prompts, check_room, check_token
+from attnjax.cache import checked_dtype
+from attnjax.core.checks import check_count
+from attnjax.models.generate import Frozen, check_pad, check_prompts, check_room, check_token
 
 Array = jax.Array
 
@@ -46,6 +48,7 @@ class Rules(NamedTuple):
     pad_token: int
     max_new_tokens: int
     length_penalty: float
+    cache_dtype: Any
 
 
 class Search(NamedTuple):
@@ -71,6 +74,7 @@ def beam_search(
     beams: int = 4,
     length_penalty: float = 0.6,
     pad_token: int = 0,
+    cache_dtype: Any = None,
 ) -> Beams:
     """Likely targets for sources, by beam search.
 
@@ -88,6 +92,7 @@ def beam_search(
       beams: K, how many sequences are kept at every step, and returned. 1 is greedy.
       length_penalty: number >= 0; more favours longer targets.
       pad_token: what stands behind a target's end.
+      cache_dtype: what the cache stores, as in `generate`.
 
     Returns:
       `Beams`: tokens `[B, K, max_new_tokens]`, lengths and scores `[B, K]`, the best first.
@@ -118,7 +123,8 @@ def beam_search(
         raise ValueError(f"length_penalty must be a number of at least 0, got {length_penalty!r}.")
     start = check_token("start_token", start_token, model.vocab_size)
     stop = check_token("stop_token", stop_token, model.vocab_size)
-    rules = Rules(beams, start, stop, check_pad(pad_token), max_new_tokens, float(length_penalty))
+    dtype = None if cache_dtype is None else checked_dtype("cache_dtype", cache_dtype)
+    rules = Rules(beams, start, stop, check_pad(pad_token), max_new_tokens, float(length_penalty), dtype)
     frozen, leaves = Frozen(model).without_arrays()
     return Beams(*_search(frozen, rules, leaves, source, lengths))
 
@@ -130,7 +136,7 @@ def _search(frozen: Frozen, rules: Rules, leaves: Any, source: Array, lengths: A
     memory = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), model.encode(source, lengths=lengths))
     nothing = jnp.full((batch, beams, length), rules.pad_token, jnp.int32)
     search = Search(
-        caches=model.create_caches(batch * beams, length + 1),
+        caches=model.create_caches(batch * beams, length + 1, dtype=rules.cache_dtype),
         live=nothing,
         live_scores=jnp.where(np.arange(beams) == 0, jnp.zeros((batch, 1)), -jnp.inf),  # all are the start token yet
         ended=nothing,

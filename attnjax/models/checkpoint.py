@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
 
+from attnjax.core.checks import check_count
 from attnjax.core.node import is_array
 
 _FORMAT = 1
@@ -60,8 +61,7 @@ def save(
       >>> checkpoint.latest(directory)
       10
     """
-    if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 0:
-        raise ValueError(f"step must be an integer of at least 0, got {step!r}.")
+    check_count("step", step, least=0)
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
         raise ValueError(f"keep must be an integer of at least 1 or None, got {keep!r}.")
     step, path = int(step), _path(directory)

@@ -8,9 +8,9 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from attnjax.cache import KVCache
+from attnjax.core.checks import check_count
 from attnjax.core.node import describe, is_array
 from attnjax.positions import RoPE
 
@@ -23,9 +23,7 @@ def check_config(config: Any, *sizes: str, rates: tuple[str, ...] = ("dropout", 
     """
     name = type(config).__name__
     for field in sizes:
-        size = getattr(config, field)
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"{name}: {field} must be an integer of at least 1, got {size!r}.")
+        check_count(f"{name}: {field}", getattr(config, field))
     for field in rates:
         rate = getattr(config, field)
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:

@@ -1,7 +1,7 @@
 """Generation: prompts in, tokens out, with a KV cache and one compiled step. Beam search is in `beam.py`.
 
 A model is what has `hidden(tokens, caches=, lengths=, memory=, deterministic=) -> (hidden, caches)`,
-`logits(hidden)`, `create_caches(batch, capacity)`, `vocab_size` and `max_length` (`None`: no limit).
+`logits(hidden)`, `create_caches(batch, capacity, dtype=)`, `vocab_size` and `max_length` (`None`: no limit).
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from attnjax.cache import checked_dtype
+from attnjax.core.checks import check_count
 from attnjax.models.sampling import Sampling, sample
 
 Array = jax.Array
@@ -66,6 +68,7 @@ class Rules(NamedTuple):
     pad_token: int
     max_new_tokens: int
     capacity: int
+    cache_dtype: Any = None
 
 
 class Frozen:
@@ -121,6 +124,7 @@ def generate(
     rng: Array | None = None,
     memory: Any = None,
     capacity: int | None = None,
+    cache_dtype: Any = None,
     on_token: Callable[[np.ndarray], Any] | None = None,
     progress: bool = True,
 ) -> Generated:
@@ -142,6 +146,7 @@ def generate(
       memory: what the decoder attends to besides its own tokens.
       capacity: tokens that the cache has room for, default T + max_new_tokens. With a fixed one the compiled step
         serves prompts of all lengths.
+      cache_dtype: what the cache stores, default the model's dtype; bfloat16 or int8 take less memory.
       on_token: called on the host with the new tokens of each step in order, int32 `[B]`; -1 in rows that had ended.
       progress: show a bar for long runs, when stderr is a terminal and rich is installed.
 
@@ -169,7 +174,8 @@ def generate(
     if not isinstance(stop_tokens, Iterable):
         raise TypeError(f"stop_tokens must be integers in a list, got {stop_tokens!r}.")
     stops = tuple(check_token("stop_tokens", t, model.vocab_size) for t in stop_tokens)
-    rules = Rules(sampling, stops, check_pad(pad_token), max_new_tokens, capacity)
+    dtype = None if cache_dtype is None else checked_dtype("cache_dtype", cache_dtype)
+    rules = Rules(sampling, stops, check_pad(pad_token), max_new_tokens, capacity, dtype)
     frozen, leaves = Frozen(model).without_arrays()
     given = (leaves, memory, jax.random.key(0) if rng is None else rng)
     state = _start(frozen, rules, *given, tokens, lengths)
@@ -195,7 +201,7 @@ def _start(frozen: Frozen, rules: Rules, leaves: Any, memory: Any, rng: Array, t
     """Reads the prompts, and draws the first token of each row."""
     model = frozen.model(leaves)
     batch, count = tokens.shape
-    caches = model.create_caches(batch, rules.capacity)
+    caches = model.create_caches(batch, rules.capacity, dtype=rules.cache_dtype)
     hidden, caches = model.hidden(tokens, caches=caches, lengths=lengths, deterministic=True, **_memory(memory))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     seen = None
@@ -328,12 +334,6 @@ def check_pad(token: Any) -> int:
     if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
         raise TypeError(f"pad_token must be an integer, got {token!r}.")
     return int(token)
-
-
-def check_count(name: str, value: Any) -> None:
-    """An integer of at least 1, or a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
 
 
 def check_room(model: Any, count: int, new: int, capacity: int | None = None) -> int:

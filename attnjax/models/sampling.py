@@ -11,6 +11,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
+from attnjax.core.checks import check_count
+
 Array = jax.Array
 
 
@@ -54,9 +56,8 @@ class Sampling:
             raise ValueError(f"Sampling: min_p must be in [0, 1], got {self.min_p}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"Sampling: top_p must be in (0, 1], got {self.top_p}.")
-        k = self.top_k
-        if k is not None and (isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1):
-            raise ValueError(f"Sampling: top_k must be an integer of at least 1, got {k!r}.")
+        if self.top_k is not None:
+            check_count("Sampling: top_k", self.top_k)
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
             raise ValueError(
                 f"Sampling: repetition_penalty must be positive and finite, got {self.repetition_penalty}."

@@ -8,9 +8,9 @@ from typing import Any
 
 import chex
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from attnjax.core.checks import check_count
 from attnjax.core.node import describe, is_array
 
 
@@ -88,8 +88,7 @@ def check_size(module: str, name: str, value: Any) -> None:
     Raises:
       ValueError: anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"attnjax.nn.{module}: {name} must be an integer of at least 1, got {value!r}.")
+    check_count(f"attnjax.nn.{module}: {name}", value)
 
 
 def check_rate(module: str, name: str, value: Any) -> None:
