@@ -283,16 +283,15 @@ class Program:
             jnp.full(shape, value, jnp.float32), layout if len(shape) == 2 else layout.reduce(1)
         )
 
-    def products(self, *pairs: tuple[Any, Any], meanwhile: Callable[[], None] = lambda: None) -> list[Array]:
-        """x y^T of rows in shared memory, own ones with fetched ones."""
+    def product(self, x: Any, y: Any, meanwhile: Callable[[], None] = lambda: None) -> Array:
+        """x y^T of rows in shared memory, own ones and fetched ones; `meanwhile` runs before it is waited for."""
 
-        def multiply(*tiles: Any) -> list[Array]:
-            for tile, (x, y) in zip(tiles, pairs, strict=True):
-                self.gpu.wgmma(tile, x, y.transpose((1, 0)))
+        def multiply(tile: Any) -> Array:
+            self.gpu.wgmma(tile, x, y.transpose((1, 0)))
             meanwhile()
-            return [tile[...] for tile in tiles]
+            return tile[...]
 
-        return self.pl.run_scoped(multiply, *[self.gpu.ACC(self.shape, jnp.float32) for _ in pairs])
+        return self.pl.run_scoped(multiply, self.gpu.ACC(self.shape, jnp.float32))
 
     def add(self, sums: Array, tile: Array, rows: Any) -> Array:
         """sums + tile rows, of rows in shared memory; the tile is rounded to their type."""

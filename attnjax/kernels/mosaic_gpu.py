@@ -279,9 +279,7 @@ def _gradients(call: Call, wanted: list[int]) -> list[Array]:
     # What its groups own, and what is fetched, with the numbers that come with it.
     own, fetched = ["query", "ct_out"], dict[str, list[str]](key=[], value=[])
     if call.by_key:
-        needs_delta = "key" in names
-        own = ["key", "value"] if needs_delta else ["key", *names]
-        fetched = dict(query=["lse"], ct_out=["delta"] if needs_delta else [])
+        own, fetched = ["key", "value"], dict(query=["lse"], ct_out=["delta"] if "key" in names else [])
     scratch: Refs = {name: call.shared(GROUPS, GROUP_ROWS, size_of[name]) for name in own}
     scratch["has_own"] = call.barrier(GROUPS, len(own))
     for name, numbers in fetched.items():
@@ -353,8 +351,7 @@ class _Forward(_OverKeys):
         own, gpu, slot = self.own, self.gpu, self.slot(place)
         out, highest, total = state
         gpu.barrier_wait(own["has_key"].at[slot])
-        pair = own["query"].at[self.group], own["key"].at[slot]
-        (raw,) = self.products(pair, meanwhile=self.take_turns)
+        raw = self.product(own["query"].at[self.group], own["key"].at[slot], self.take_turns)
         gpu.barrier_arrive(own["free_key"].at[slot])
         view = self.view(self.head, block, raw, masked, known)
         new = jnp.maximum(highest, view.logits.max(axis=1))
@@ -390,11 +387,11 @@ class _OfQuery(_OverKeys):
         own, gpu, slot = self.own, self.gpu, self.slot(place)
         key, value = own["key"].at[slot], own["value"].at[slot]
         gpu.barrier_wait(own["has_key"].at[slot])
-        (raw,) = self.products((own["query"].at[self.group], key))
+        raw = self.product(own["query"].at[self.group], key)
         view = self.view(self.head, block, raw, masked, known)
         weights = jnp.exp2(view.logits - self.across(self.lse, 0))
         gpu.barrier_wait(own["has_value"].at[slot])
-        (d_weights,) = self.products((own["ct_out"].at[self.group], value))
+        d_weights = self.product(own["ct_out"].at[self.group], value)
         gpu.barrier_arrive(own["free_value"].at[slot])
         d_raw, _ = view.pulled(weights * (view.drop(d_weights) - self.across(self.delta, 0)), [])
         d_query = self.add(d_query, d_raw, key)
@@ -433,8 +430,8 @@ class _OfKey(Program):
         self.heads(bring, None)
 
     def compute(self) -> None:
-        call, refs, own = self.call, self.refs, [name for name in ("key", "value") if name in self.own]
-        self.bring_own(*((refs[name].at[self.entry(name), self.rows, self.head], name) for name in own))
+        call, refs = self.call, self.refs
+        self.bring_own(*((refs[name].at[self.entry(name), self.rows, self.head], name) for name in ("key", "value")))
         sizes = dict(d_key=call.head_size, d_value=call.value_size)
         sums = {name: self.full((GROUP_ROWS, size), 0.0) for name, size in sizes.items() if name in refs}
         sums = self.heads(self.step, sums, lambda h: self.loaded(h, None, {}))
@@ -449,14 +446,14 @@ class _OfKey(Program):
         column = lambda name: self.across(load(own[name].at[slot]), 1)
         query, ct_out = own["query"].at[slot], own["ct_out"].at[slot]
         gpu.barrier_wait(own["has_query"].at[slot])
-        (raw,) = self.products((own["key"].at[self.group], query))
+        raw = self.product(own["key"].at[self.group], query)
         view = self.view(h, block, raw, masked, known)
         weights = view.hidden(jnp.exp2(view.logits - column("lse")), 0.0)
         gpu.barrier_wait(own["has_ct_out"].at[slot])
         if "d_value" in sums:
             sums["d_value"] = self.add(sums["d_value"], view.drop(weights), ct_out)
         if "d_key" in sums:
-            (d_weights,) = self.products((own["value"].at[self.group], ct_out))
+            d_weights = self.product(own["value"].at[self.group], ct_out)
             d_raw, _ = view.pulled(weights * (view.drop(d_weights) - column("delta")), [])
             sums["d_key"] = self.add(sums["d_key"], d_raw, query)
         gpu.barrier_arrive(own["free_ct_out"].at[slot])
