@@ -121,11 +121,11 @@ def explain(query: Any, key: Any, value: Any, *, platform: str | None = None, **
             for choice, positions in shares(problem, operands, platform)[1:]:
                 names = ", ".join(problem.program.name_of(i) for i in positions)
                 choices[f"backward of {names}"] = choice
-    blocks = choices["forward"].kernel.blocks(problem, platform)
+    blocks = choices["forward"].kernel.blocks(choices["forward"].own(problem), platform)
     pairs, counts = _pairs(problem, operands, blocks)
     flops = attention_flops(pairs, problem.head_size, problem.value_size)
     temporaries = {
-        part: choice.kernel.temporary_bytes(problem, platform)[part]
+        part: choice.kernel.temporary_bytes(choice.own(problem), platform)[part]
         for part, choice in choices.items()
         if part in ("forward", "backward", "tangent")
     }
@@ -136,7 +136,7 @@ def explain(query: Any, key: Any, value: Any, *, platform: str | None = None, **
     settings: list[str] = []
     for part in ("forward", "backward"):
         chosen = getattr(choices[part].kernel, "settings", lambda problem, platform: {})
-        settings += chosen(problem, platform).get(part, [])
+        settings += chosen(choices[part].own(problem), platform).get(part, [])
     return Explanation(platform, tuple(call), choices, blocks, counts, flops, moved, temporaries, tuple(settings))
 
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from draws import Draw, booleans, documents, integers, join, normal, nothing, order, slopes
@@ -339,6 +340,12 @@ SCORE_VARIANTS = [
         lambda x: aj.ScoreFn(lambda s, b, h, q, k: s + x["a"][jnp.minimum(jnp.abs(q - k), 7)].astype(s.dtype)),
         lambda s, i, x: s + x["a"][jnp.minimum(jnp.abs(i.q - i.k), 7)],
         normal(a="8"),
+    ),
+    ScoreCase(
+        "function_stopped",
+        lambda x: aj.ScoreFn(lambda s, b, h, q, k: s + jax.lax.stop_gradient(jnp.sin(s)) * x["a"][h].astype(s.dtype)),
+        lambda s, i, x: s + jax.lax.stop_gradient(jnp.sin(s)) * i.per(x["a"], "n"),
+        normal(a="n"),
     ),
     ScoreCase(
         "function_nonlinear",

@@ -51,7 +51,10 @@ EVERY_IMPLEMENTATION = IMPLEMENTATIONS | INTERPRETED | compiled(gpus().values())
 # What an implementation refuses, by dtype or by name of the score, and what it says then. None refuses a mask.
 REFUSED = {
     "cpu": dict.fromkeys(("softcap", "biases"), "soft caps that are Python numbers, not arrays")
-    | dict.fromkeys(("function", "function_indices", "function_distance", "function_nonlinear"), "cannot run ScoreFn"),
+    | dict.fromkeys(
+        ("function", "function_indices", "function_distance", "function_nonlinear", "function_stopped"),
+        "cannot run ScoreFn",
+    ),
     "triton": {
         "float64": "takes float32, bfloat16 and float16, not float64",
         "function_distance": "cannot run this mask or score on its tiles: dynamic_slice of query and key together",
@@ -62,6 +65,7 @@ REFUSED = {
         "relative": "cannot look up a score by distance inside its tiles",
         "relative_past": "cannot look up a score by distance inside its tiles",
         "function_distance": "cannot run this mask or score on its tiles: dynamic_slice of query and key together",
+        "function_stopped": "cannot run this mask or score on its tiles: stop_gradient",
     },
     "mosaic_tpu": {
         "float64": "takes float32 and bfloat16, not float64",

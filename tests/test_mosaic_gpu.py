@@ -5,6 +5,7 @@ Their interpreter cannot run inside of `attention`: forward and backward are cal
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -35,16 +36,20 @@ def asked_for(request):
         pytest.skip("interpreted Mosaic GPU kernels need many threads: NPROC=16 pytest --interpret-mosaic-gpu")
 
 
-INTERPRETED = ("test_masks", "test_scores", "test_shapes", "test_configs", "test_operands_that_a_batch_shares")
+INTERPRETED = (
+    *("test_masks", "test_scores", "test_shapes", "test_configs"),
+    *("test_operands_that_a_batch_shares", "test_gradients_of_operands_that_a_batch_shares"),
+)
 FULL, COMBINED = MASKS[0], MASKS[-1]
 NONE, EVERYTHING = SCORES[0], SCORES[-1]
 REFUSED = {
     "relative": "by distance",
     "relative_past": "by distance",
     "function_distance": "dynamic_slice of query and key together",
+    "function_stopped": "its tiles: stop_gradient",
 }
 NO_BACKWARD = {
-    "function_nonlinear": dict(backward="cannot run the derivative of a score that uses the logit more than once")
+    "function_nonlinear": dict(backward="cannot run the derivative of this mask or score on its tiles: add_any")
 }
 X = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)
 
@@ -163,6 +168,75 @@ def test_operands_that_a_batch_shares():
     whole = [operands[0], *(jnp.broadcast_to(x, operands[1].shape[:1] + x.shape[1:]) for x in shared[1:])]
     run = jax.jit(lambda operands: mosaic_gpu.forward(given, operands, "cuda").out)
     assert (run(shared) == run(whole)).all()
+
+
+@newest
+@hopper
+@pytest.mark.device
+def test_gradients_of_operands_that_a_batch_shares():
+    """They are sums over the batch."""
+    case = Case(COMBINED, NONE, Shape(batch=(3,)))
+    inputs = draw(case, "bfloat16")
+    given, operands = problem_of(case, inputs)
+    shared = [x[1:2] for x in operands[:3]] + operands[3:]
+    whole = [jnp.broadcast_to(x, (3, *x.shape[1:])) for x in shared[:3]] + operands[3:]
+
+    def gradients(operands):
+        rows = mosaic_gpu.forward(given, operands, "cuda")
+        wanted = tuple((i, x.shape) for i, x in enumerate(operands[:3]))
+        return mosaic_gpu.backward(given, operands, rows, *inputs.cotangents, wanted)
+
+    for one, each in zip(jax.jit(gradients)(shared), jax.jit(gradients)(whole), strict=True):
+        assert jnp.allclose(one, each.sum(0, keepdims=True), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("block, taken", [(64, False), (300, False), (128, True), (512, True), (1000, True)])
+def test_block_maps_are_cut_into_its_own_blocks_or_refused(block, taken, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "NEEDS", (0, 0, 0))
+    x = jax.ShapeDtypeStruct((1, 700, 4, 64), jnp.bfloat16)
+    block_map = aj.BlockMap.build(aj.Window(63, 0), 700, 700, block_q=block, block_k=block)
+    explain = lambda: aj.explain(
+        x, x, x, mask=aj.Window(63, 0), block_map=block_map, implementation="mosaic_gpu", platform="cuda"
+    )
+    if taken:
+        assert explain().blocks.block_q == min(block, 700)
+        return
+    with pytest.raises(NotImplementedError, match=f"block_map has blocks of {block} x {block}: its own are multiples"):
+        explain()
+
+
+@newest  # before, other operations are needed
+@pytest.mark.parametrize(
+    "function, forward, backward",
+    [
+        (lambda s, b, h, q, k: jnp.log1p(jnp.abs(s)), "on its tiles: log1p", None),
+        (lambda s, b, h, q, k: s**-3, "on its tiles: integer_pow -3", None),
+        (lambda s, b, h, q, k: 1 / (1 + jnp.exp(s)), None, "derivative of .* integer_pow -2"),
+        (lambda s, b, h, q, k: jnp.sin(s) + s, None, "derivative of .* add_any"),
+        (lambda s, b, h, q, k: jnp.tanh(s) * (q + k).astype(s.dtype), None, None),
+    ],
+)
+def test_operations_that_mosaic_gpu_does_not_have(function, forward, backward, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "NEEDS", (0, 0, 0))
+    given, operands = build(X, X, X, score=aj.ScoreFn(function))
+    assert re.search(forward or "^None$", str(mosaic_gpu.unsupported(given, operands, "cuda", "forward")))
+    if not forward:
+        assert re.search(backward or "^None$", str(mosaic_gpu.unsupported(given, operands, "cuda", "backward")))
+
+
+@pytest.mark.parametrize(
+    "sizes, config, text",
+    [
+        ((256, 192), None, "has not enough shared memory for these head sizes"),
+        ((128, 128), dict(block_k=128, stages=4), r"for these head sizes and Config\(block_k=128, stages=4"),
+    ],
+)
+def test_what_does_not_fit_into_shared_memory(sizes, config, text, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "NEEDS", (0, 0, 0))
+    x, value = (jax.ShapeDtypeStruct((1, 256, 4, size), jnp.bfloat16) for size in sizes)
+    options = dict(config=mosaic_gpu.Config(**config)) if config else dict(implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match=text):
+        aj.explain(x, x, value, platform="cuda", **options)
 
 
 @newest

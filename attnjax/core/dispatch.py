@@ -39,6 +39,10 @@ class Choice:
     def kernel(self) -> ModuleType:
         return KERNELS[self.name]
 
+    def own(self, problem: Problem) -> Problem:
+        """The problem as the implementation gets it: a config is for the one that was named."""
+        return problem if self.name == problem.implementation else dataclasses.replace(problem, config=None)
+
 
 def check_name(implementation: str | None) -> None:
     """Raises `ValueError` for a name that is no implementation."""
@@ -125,7 +129,7 @@ def _without(name: str, problem: Problem, operands: list[Any], wanted: tuple[int
 
 
 def parts_of(name: str, problem: Problem | None = None, operands: list[Any] | None = None) -> tuple[str, ...]:
-    """The parts that an implementation has, of this problem; the others, where it is named, the best that can runs."""
+    """The parts that an implementation has, for a problem or at all. Where it is named, others run the rest."""
     kernel = KERNELS[name]
     if problem is not None and hasattr(kernel, "parts"):
         return kernel.parts(problem, operands)

@@ -1,8 +1,8 @@
-"""`Call` and `Program`: what kernels for Hopper GPUs in Pallas on Mosaic GPU share: arrays, pieces, groups of warps.
+"""`Call` and `Kernel`: what kernels for Hopper GPUs in Pallas on Mosaic GPU share: arrays, pieces, groups of warps.
 
 A program owns 128 rows, queries or keys, of a head and has three groups of four warps. One group fetches blocks of the
 other side's rows into shared memory, a few ahead; the two others take 64 rows each. Arrays whose sizes do not fit are
-padded first: rows to whole blocks, head sizes to 64.
+padded first: rows to whole blocks, head sizes to multiples of 64.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def padded_sizes(problem: Problem) -> tuple[int, int]:
     return _up(problem.head_size, _MULTIPLE), _up(problem.value_size, _MULTIPLE)
 
 
-def padded_bytes(problem: Problem, tiling: Tiling) -> int:
+def padded_bytes(problem: Problem) -> int:
     """About how large the copies of query, key and value are, if there have to be any."""
     sizes, batch, wide = problem.sizes, math.prod(problem.sizes.batch), padded_sizes(problem)
     rows = _up(sizes.query_length, ROWS) * sizes.heads * batch
-    columns = _up(sizes.key_length, tiling.block) * sizes.key_heads * batch
-    short = sizes.query_length % ROWS or sizes.key_length % tiling.block
+    columns = _up(sizes.key_length, ROWS) * sizes.key_heads * batch
+    short = sizes.query_length % ROWS or sizes.key_length % ROWS
     narrow = wide != (problem.head_size, problem.value_size)
     return 2 * (rows + columns) * sum(wide) if short or narrow or problem.program.mask else 0
 
@@ -111,7 +111,7 @@ class Call:
         return x.swapaxes(2, 3) if self.by_key and len(lengths) == 2 else x
 
     def run(
-        self, name: str, program: type[Program], results: dict[str, tuple[tuple[int, ...], Any]], scratch: Refs
+        self, name: str, program: type[Kernel], results: dict[str, tuple[tuple[int, ...], Any]], scratch: Refs
     ) -> dict[str, Array]:
         """Runs a kernel on the arrays of `given`.
 
@@ -145,7 +145,7 @@ class _Launch:
 
     name: str
     call: Call
-    program: type[Program]
+    program: type[Kernel]
     given: tuple[str, ...]
     results: Refs
     scratch: Refs
@@ -179,8 +179,8 @@ class _Launch:
             return list(run(*arrays))
 
 
-class Program:
-    """One program. Kernels say what its groups do: `fetch` and `compute`.
+class Kernel:
+    """One program of a kernel. Kernels derive from it and say what the groups do: `fetch` and `compute`.
 
     Attributes:
       refs, own: arrays in memory, and what is in shared memory, by name.
@@ -302,9 +302,9 @@ class Program:
             return sums
         return self.pl.run_state(lambda ref: self.gpu.wgmma(ref, tile, rows))(self.gpu.ACC.init(sums))
 
-    def across(self, x: Array, axis: int) -> Array:
-        """Numbers along an axis of a tile, spread over the other one."""
-        return across(x, self.shape, axis)
+    def across(self, x: Array, axis: int, shape: tuple[int, ...] | None = None) -> Array:
+        """Numbers along an axis of a tile, or of this shape, spread over the other one."""
+        return lax.broadcast_in_dim(x, shape or self.shape, [axis])
 
     def view(self, h: Any, block: Any, raw: Array, masked: bool, known: dict[int, Array]) -> View:
         """The logits of this group's rows with a fetched block, of the query head `h`."""
@@ -349,11 +349,6 @@ mlir.register_lowering(
     lambda ctx, *arrays, launch: mlir.lower_fun(launch, multiple_results=True)(ctx, *arrays),
     platform="cuda",
 )
-
-
-def across(x: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """A vector along an axis of a tile, spread over the other one."""
-    return lax.broadcast_in_dim(x, shape, [axis])
 
 
 def _up(size: int, multiple: int) -> int:

@@ -21,9 +21,9 @@ Array = jax.Array
 _ELEMENTWISE = frozenset(
     "add sub mul div rem max min neg abs sign eq ne lt le gt ge and or not xor select_n convert_element_type exp exp2 "
     "log log1p expm1 tanh logistic sqrt rsqrt square pow integer_pow sin cos floor ceil clamp shift_left "
-    "shift_right_logical shift_right_arithmetic".split()
+    "shift_right_logical shift_right_arithmetic stop_gradient".split()
 )
-_SAME = ("broadcast_in_dim", "reshape", "squeeze", "copy", "stop_gradient")  # of a scalar: the scalar
+_SAME = ("broadcast_in_dim", "reshape", "squeeze", "copy")  # of a scalar: the scalar
 _CALLS = ("pjit", "jit", "closed_call")
 _QUERY, _KEY = frozenset("bhq"), frozenset("bhk")
 

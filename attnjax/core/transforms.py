@@ -56,8 +56,8 @@ def _outputs(problem: Problem, rows: int, arguments: Sequence[Any]) -> list[Any]
 def _attention(*operands: Array, platform: str, exported: bool, divided: bool, problem: Problem) -> list[Array]:
     def body(problem: Problem, shapes: Shapes) -> Any:
         def run(*operands: Array) -> list[Array]:
-            kernel = choose(problem, list(operands), platform, "forward", exported=exported).kernel
-            return list(kernel.forward(problem, list(operands), platform))
+            choice = choose(problem, list(operands), platform, "forward", exported=exported)
+            return list(choice.kernel.forward(choice.own(problem), list(operands), platform))
 
         return run
 
@@ -91,10 +91,11 @@ def _tangent(
     def body(problem: Problem, shapes: Shapes) -> Any:
         def run(*args: Array) -> list[Array]:
             operands, rows, tangents = list(args[:count]), Rows(*args[count : count + 3]), list(args[count + 3 :])
-            kernel = choose(problem, operands, platform, "tangent", exported=exported).kernel
+            choice = choose(problem, operands, platform, "tangent", exported=exported)
+            kernel, own = choice.kernel, choice.own(problem)
             if choose(problem, operands, platform, "forward", exported=exported).kernel is not kernel:
-                rows = kernel.own_rows(problem, operands, rows)
-            return list(kernel.tangent(problem, operands, rows, moved, tangents))
+                rows = kernel.own_rows(own, operands, rows)
+            return list(kernel.tangent(own, operands, rows, moved, tangents))
 
         return run
 
@@ -145,7 +146,7 @@ def _backward(
             for choice, able in shares(problem, operands, platform, exported=exported):
                 own = tuple((i, shape) for i, shape in zip(positions, shapes, strict=True) if i in able)
                 if own:
-                    gradients = choice.kernel.backward(problem, operands, rows, *cotangents, own)
+                    gradients = choice.kernel.backward(choice.own(problem), operands, rows, *cotangents, own)
                     made |= {i: x for (i, _), x in zip(own, gradients, strict=True)}
             return [made[i].astype(problem.accumulate) for i in positions]
 

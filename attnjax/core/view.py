@@ -33,6 +33,8 @@ def power(problem: Problem, exponents: Array) -> Array:
 class View:
     """The logits of a tile, with queries along one of its axes and keys along the other: q and k are [r, 1] and [1, c].
 
+    Both may be whole tiles, where neither `seen` nor `seeing` is asked for.
+
     In a masked tile not every pair counts. What is hidden may hold NaN, and a weight of 0 times NaN is NaN: so where
     something is summed over keys, those that no query of the tile sees are put to 0, and the other way round.
 

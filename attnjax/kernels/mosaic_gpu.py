@@ -25,10 +25,9 @@ from attnjax.core.hopper import (
     ROWS,
     SHARED,
     Call,
-    Program,
+    Kernel,
     Refs,
     Tiling,
-    across,
     padded_bytes,
     padded_sizes,
 )
@@ -42,6 +41,12 @@ from attnjax.tuning import Blocks
 Array = jax.Array
 
 PARTS = ("forward", "backward")
+_KERNELS = {"forward": ("forward",), "backward": ("query", "key")}
+_OPERATIONS = frozenset(
+    "add sub mul div rem max min neg abs sign eq ne lt le gt ge and or not xor select_n convert_element_type exp exp2 "
+    "log tanh logistic sqrt rsqrt square integer_pow sin cos clamp shift_left shift_right_logical "
+    "shift_right_arithmetic one_minus_square broadcast_in_dim reshape squeeze".split()
+)
 # Of heads: more does not fit into registers and shared memory. The last is for the gradients of key and value together.
 _MOST_SIZE, _MOST_BACKWARD, _MOST_TOGETHER = 256, 128, 64
 NEEDS = (0, 11, 2)  # of jax: an interpreter of these kernels, and the meaning of operations that they are written in
@@ -95,45 +100,59 @@ def unsupported(problem: Problem, operands: list[Any], platform: str, part: str)
     others = [f"{kind} ({number})" for kind, number in gpus().items() if number not in (None, "9.0")]
     if others:
         return f"runs on Hopper GPUs (compute capability 9.0), not on {', '.join(others)}"
-    return _unsupported_pieces(problem, operands) or (_no_backward(problem, operands) if part == "backward" else None)
+    sizes, given = problem.sizes, problem.blocks or (ROWS, ROWS)
+    for block, length in zip(given, (sizes.query_length, sizes.key_length), strict=True):
+        if block < length and block % ROWS:
+            return f"block_map has blocks of {given[0]} x {given[1]}: its own are multiples of {ROWS}"
+    if part == "backward" and (reason := _no_backward(problem, operands)):
+        return reason
+    if any(_tiling(problem, kernel) is None for kernel in _KERNELS[part]):
+        return "has not enough shared memory for these head sizes" + (f" and {config}" if config else "")
+    return _unsupported_pieces(problem, operands, part)
 
 
 def parts(problem: Problem, operands: list[Any]) -> tuple[str, ...]:
     """What it has for a problem; where that is a forward only, the backward is another's."""
-    refused = _unsupported_pieces(problem, operands) is None and _no_backward(problem, operands)
-    return PARTS[:1] if refused else PARTS
+    return PARTS[:1] if _no_backward(problem, operands) else PARTS
 
 
-def _unsupported_pieces(problem: Problem, operands: list[Any]) -> str | None:
+def _no_backward(problem: Problem, operands: list[Any]) -> str | None:
+    if max(problem.head_size, problem.value_size) > _MOST_BACKWARD:
+        return f"has a backward for head sizes up to {_MOST_BACKWARD}"
+    if not problem.program.scores or _unsupported_pieces(problem, operands, "forward"):
+        return None
+    return _unsupported_pieces(problem, operands, "backward")
+
+
+def _unsupported_pieces(problem: Problem, operands: list[Any], part: str) -> str | None:
     try:
         split = Split.described(problem, operands)
     except NotSplittable as reason:
         return f"cannot run this mask or score on its tiles: {reason}"
     if any(piece.by_distance for piece in split.pieces):
         return "cannot look up a score by distance inside its tiles"
+    shape = lambda dtype: jax.ShapeDtypeStruct((1, 1), dtype)
+    logits, index, pieces = shape(problem.accumulate), shape(jnp.int32), [shape(x.dtype) for x in split.pieces]
+
+    def run(q: Array, k: Array, values: list[Array], logits: Array) -> Any:
+        tile = split.tile(q, k, np.int32(0), np.int32(0), values)
+        return tile.pull(logits, logits, [])[0] if part == "backward" else (tile.visible(), tile.modify(logits))
+
+    unknown = _unknown(jax.make_jaxpr(run)(index, index, pieces, logits).jaxpr)
+    of = "the derivative of " if part == "backward" else ""
+    return f"cannot run {of}this mask or score on its tiles: {unknown}" if unknown else None
+
+
+def _unknown(jaxpr: Any) -> str | None:
+    """The name of an operation that Mosaic GPU does not have for tiles, or `None`."""
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if "jaxpr" in parameters:
+            if found := _unknown(getattr(parameters["jaxpr"], "jaxpr", parameters["jaxpr"])):
+                return found
+        elif name not in _OPERATIONS or (name == "integer_pow" and parameters["y"] < 2 and parameters["y"] != -1):
+            return f"{name} {parameters.get('y', '')}".strip()
     return None
-
-
-def _no_backward(problem: Problem, operands: list[Any]) -> str | None:
-    if max(problem.head_size, problem.value_size) > _MOST_BACKWARD:
-        return f"has a backward for head sizes up to {_MOST_BACKWARD}"
-    if "add_any" in _derivative(Split.described(problem, operands)):
-        return "cannot run the derivative of a score that uses the logit more than once"
-    return None
-
-
-def _derivative(split: Split) -> str:
-    """The operations that the derivative of the scores takes on a tile, as text."""
-    if not split.problem.program.scores:
-        return ""
-    pair = jax.ShapeDtypeStruct((1, 1), split.problem.accumulate)
-    index = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    pieces = [jax.ShapeDtypeStruct((1, 1), piece.dtype) for piece in split.pieces]
-
-    def pull(q: Array, k: Array, values: list[Array], logits: Array, ct: Array) -> Array:
-        return split.tile(q, k, np.int32(0), np.int32(0), values).pull(logits, ct, [])[0]
-
-    return str(jax.make_jaxpr(pull)(index, index, pieces, pair, pair))
 
 
 def gradients(problem: Problem, operands: list[Any]) -> tuple[int, ...]:
@@ -143,18 +162,19 @@ def gradients(problem: Problem, operands: list[Any]) -> tuple[int, ...]:
 
 def blocks(problem: Problem, platform: str) -> Blocks:
     """The tiles of the forward: those of a whole program."""
-    return Blocks(ROWS, _tiling(problem, "forward").block, (1,) * len(problem.sizes.batch), 1)
+    tiling = _tiling(problem, "forward")
+    own = (ROWS, tiling.block) if tiling else (ROWS, ROWS)
+    return Blocks(*(problem.blocks or own), (1,) * len(problem.sizes.batch), 1)
 
 
 def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
     """About how much memory each part needs beside its arguments and results: rows, and what has to be padded."""
-    rows = 2 * 4 * math.prod(problem.out_shapes()[1])
-    copies = {kernel: padded_bytes(problem, _tiling(problem, kernel)) for kernel in ("forward", "query")}
-    return {"forward": rows + copies["forward"], "backward": rows + 2 * copies["query"]}
+    rows, copies = 2 * 4 * math.prod(problem.out_shapes()[1]), padded_bytes(problem)
+    return {"forward": rows + copies, "backward": rows + 2 * copies}
 
 
-def _tiling(problem: Problem, kernel: str) -> Tiling:
-    """The largest blocks, and as many of them, as fit: of the forward, or of the gradient of query, or of key."""
+def _tiling(problem: Problem, kernel: str) -> Tiling | None:
+    """The largest blocks and as many of them as fit, if any do, for the forward or the gradient of query, or of key."""
     config = problem.config if isinstance(problem.config, Config) else Config()
     sizes = padded_sizes(problem)
     if kernel == "forward":
@@ -169,7 +189,7 @@ def _tiling(problem: Problem, kernel: str) -> Tiling:
         for count in ((stages,) if stages else (3, 2))
         if 2 * (own + count * rows * sum(sizes)) <= SHARED - 4096
     ]
-    return fits[0] if fits else Tiling(64, 2)
+    return fits[0] if fits else None
 
 
 def _in_place(problem: Problem) -> bool:
@@ -247,12 +267,8 @@ def backward(
     query, key, value = operands[:3]
     ct_out, lse = ct_out.astype(problem.dtype), finite(log_sum_exp(rows.highest, rows.total)) * LOG2E
     if problem.program.mask:  # what is hidden may be NaN: its rows are 0, and NaN only in the log-sum-exp
-        key, value = (jnp.where(_whole(x), x, 0) for x in (key, value))
-        whole = _whole(query) & _whole(ct_out)
-        n = len(problem.sizes.batch)
-        query = jnp.where(whole, jnp.broadcast_to(query, (*problem.sizes.batch, *query.shape[n:])), 0)
-        ct_out = jnp.where(whole, ct_out, 0)
-        lse, delta = jnp.where(whole[..., 0], lse, jnp.nan), jnp.where(whole[..., 0], delta, 0.0)
+        lse = jnp.where((_whole(query) & _whole(ct_out))[..., 0], lse, jnp.nan)
+        query, key, value, ct_out = (jnp.where(_whole(x), x, 0) for x in (query, key, value, ct_out))
     operands = [query, key, value, *operands[3:]]
     together = max(padded_sizes(problem)) <= _MOST_TOGETHER
     for kernel, own in (("query", (0,)), *([("key", (1, 2))] if together else [("key", (1,)), ("key", (2,))])):
@@ -292,8 +308,9 @@ def _gradients(call: Call, wanted: list[int]) -> list[Array]:
 
 
 def _call(problem: Problem, operands: list[Array], kernel: str) -> Call:
-    interpret = isinstance(problem.config, Config) and problem.config.interpret
-    return Call(problem, operands, _tiling(problem, kernel), by_key=kernel == "key", interpret=interpret)
+    tiling, interpret = _tiling(problem, kernel), isinstance(problem.config, Config) and problem.config.interpret
+    assert tiling is not None  # else `unsupported` has said so
+    return Call(problem, operands, tiling, by_key=kernel == "key", interpret=interpret)
 
 
 def _whole(rows: Array) -> Array:
@@ -301,7 +318,7 @@ def _whole(rows: Array) -> Array:
     return jnp.isfinite(rows).all(-1, keepdims=True)
 
 
-class _OverKeys(Program):
+class _OverKeys(Kernel):
     """A program that owns queries: keys and values are fetched."""
 
     def fetch(self) -> None:
@@ -330,7 +347,7 @@ class _Forward(_OverKeys):
         state = self.over_keys(self.step, (fill(0.0, call.value_size), fill(-jnp.inf), fill(0.0)))
         self.pl.when(self.group == 0)(self.take_turns)
         out, highest, total = state
-        out = out * across(1 / jnp.where(total == 0.0, 1.0, total), out.shape, 0)
+        out = out * self.across(1 / jnp.where(total == 0.0, 1.0, total), 0, out.shape)
         # The total goes with what `highest` is rounded to as it leaves the units of log 2.
         natural = highest * math.log(2)
         total = total * jnp.exp2(finite(highest) - finite(natural) * LOG2E)
@@ -359,7 +376,7 @@ class _Forward(_OverKeys):
         shrink = jnp.exp2(highest - safe)
         weights = jnp.exp2(view.logits - self.across(safe, 0))
         total = total * shrink + weights.sum(axis=1)
-        out = out * across(shrink, out.shape, 0)
+        out = out * self.across(shrink, 0, out.shape)
         weights = view.drop(weights).astype(self.call.problem.dtype)
         self.take_turns()
         gpu.barrier_wait(own["has_value"].at[slot])
@@ -399,7 +416,7 @@ class _OfQuery(_OverKeys):
         return d_query
 
 
-class _OfKey(Program):
+class _OfKey(Kernel):
     """The gradients of 128 keys, or values, or both, from all heads of their group. Queries are columns of tiles."""
 
     registers = (24, 240)
