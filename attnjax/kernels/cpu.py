@@ -95,7 +95,7 @@ def blocks(problem: Problem, platform: str) -> Blocks:
 def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
     """About how much memory each part needs beside its arguments and results: tiles per thread, and rows."""
     size, item = problem.head_size + problem.value_size, problem.accumulate.itemsize
-    threads = getattr(problem.config, "threads", None) or os.cpu_count() or 1
+    threads = (problem.config or Config()).threads or os.cpu_count() or 1
     rows = math.prod(problem.out_shapes()[1]) * item
     return {
         "forward": threads * (2**18 + 256 * size * item),
@@ -160,7 +160,7 @@ class _Call:
             self.operands.append(jnp.asarray(problem.kinds(operands, tiles.block_q, tiles.block_k)))
         self.scores = _scores(problem, operands)
         self.operands += [score.array for score in self.scores if score.array is not None]
-        config = problem.config if isinstance(problem.config, Config) else Config()
+        config = problem.config or Config()
         self.attributes = {
             "batch": np.array(sizes.batch, np.int64),
             "scale": np.float64(program.scale),

@@ -104,27 +104,21 @@ def unsupported(problem: Problem, operands: list[Any], platform: str, part: str)
     for block, length in zip(given, (sizes.query_length, sizes.key_length), strict=True):
         if block < length and block % ROWS:
             return f"block_map has blocks of {given[0]} x {given[1]}: its own are multiples of {ROWS}"
-    if part == "backward" and (reason := _no_backward(problem, operands)):
+    if reason := _unsupported_pieces(problem, operands, part):
         return reason
     if any(_tiling(problem, kernel) is None for kernel in _KERNELS[part]):
         return "has not enough shared memory for these head sizes" + (f" and {config}" if config else "")
-    return _unsupported_pieces(problem, operands, part)
+    return None
 
 
 def parts(problem: Problem, operands: list[Any]) -> tuple[str, ...]:
     """What it has for a problem; where that is a forward only, the backward is another's."""
-    return PARTS[:1] if _no_backward(problem, operands) else PARTS
-
-
-def _no_backward(problem: Problem, operands: list[Any]) -> str | None:
-    if max(problem.head_size, problem.value_size) > _MOST_BACKWARD:
-        return f"has a backward for head sizes up to {_MOST_BACKWARD}"
-    if not problem.program.scores or _unsupported_pieces(problem, operands, "forward"):
-        return None
-    return _unsupported_pieces(problem, operands, "backward")
+    alone = _unsupported_pieces(problem, operands, "backward") and not _unsupported_pieces(problem, operands, "forward")
+    return PARTS[:1] if alone else PARTS
 
 
 def _unsupported_pieces(problem: Problem, operands: list[Any], part: str) -> str | None:
+    """Why its tiles cannot run the mask and the scores; a backward runs them, and then the scores' derivative."""
     try:
         split = Split.described(problem, operands)
     except NotSplittable as reason:
@@ -133,14 +127,23 @@ def _unsupported_pieces(problem: Problem, operands: list[Any], part: str) -> str
         return "cannot look up a score by distance inside its tiles"
     shape = lambda dtype: jax.ShapeDtypeStruct((1, 1), dtype)
     logits, index, pieces = shape(problem.accumulate), shape(jnp.int32), [shape(x.dtype) for x in split.pieces]
+    tile = lambda q, k, values: split.tile(q, k, np.int32(0), np.int32(0), values)
 
     def run(q: Array, k: Array, values: list[Array], logits: Array) -> Any:
-        tile = split.tile(q, k, np.int32(0), np.int32(0), values)
-        return tile.pull(logits, logits, [])[0] if part == "backward" else (tile.visible(), tile.modify(logits))
+        return tile(q, k, values).visible(), tile(q, k, values).modify(logits)
 
-    unknown = _unknown(jax.make_jaxpr(run)(index, index, pieces, logits).jaxpr)
-    of = "the derivative of " if part == "backward" else ""
-    return f"cannot run {of}this mask or score on its tiles: {unknown}" if unknown else None
+    def pull(q: Array, k: Array, values: list[Array], logits: Array) -> Array:
+        return tile(q, k, values).pull(logits, logits, [])[0]
+
+    unknown = lambda function: _unknown(jax.make_jaxpr(function)(index, index, pieces, logits).jaxpr)
+    if found := unknown(run):
+        return f"cannot run this mask or score on its tiles: {found}"
+    if part == "forward":
+        return None
+    if max(problem.head_size, problem.value_size) > _MOST_BACKWARD:
+        return f"has a backward for head sizes up to {_MOST_BACKWARD}"
+    found = unknown(pull) if problem.program.scores else None
+    return f"cannot run the derivative of this mask or score on its tiles: {found}" if found else None
 
 
 def _unknown(jaxpr: Any) -> str | None:
@@ -175,8 +178,7 @@ def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
 
 def _tiling(problem: Problem, kernel: str) -> Tiling | None:
     """The largest blocks and as many of them as fit, if any do, for the forward or the gradient of query, or of key."""
-    config = problem.config if isinstance(problem.config, Config) else Config()
-    sizes = padded_sizes(problem)
+    config, sizes = problem.config or Config(), padded_sizes(problem)
     if kernel == "forward":
         own, block, stages = ROWS * (max(sizes) if _in_place(problem) else sum(sizes)), config.block_k, config.stages
         wide = 128
@@ -308,7 +310,7 @@ def _gradients(call: Call, wanted: list[int]) -> list[Array]:
 
 
 def _call(problem: Problem, operands: list[Array], kernel: str) -> Call:
-    tiling, interpret = _tiling(problem, kernel), isinstance(problem.config, Config) and problem.config.interpret
+    tiling, interpret = _tiling(problem, kernel), (problem.config or Config()).interpret
     assert tiling is not None  # else `unsupported` has said so
     return Call(problem, operands, tiling, by_key=kernel == "key", interpret=interpret)
 
