@@ -99,7 +99,8 @@ def attention(
       key: `[*B, S, K, H]`, value: `[*B, S, K, V]`; float64, float32, bfloat16 or float16, all of one type.
       mask: who may see whom: a Mask (combined with & | ~), or booleans that broadcast to `[*B, N, T, S]`. Default: all.
       score: what is done to the logits: a Score, or a tuple of them, applied in order.
-      scale: factor of the logits; default 1 / sqrt(H).
+      scale: factor of the logits, a number or floats that broadcast to `[*B, N]`, such as one for each query head;
+        default 1 / sqrt(H). Arrays have a gradient.
       sinks: `[N]`, one more logit per head that takes part in the softmax but has no value.
       dropout: `Dropout(rate, seed)`.
       implementation: "cpu", "cudnn", "triton", "mosaic_gpu", "mosaic_tpu", "xla" or "reference"; default: the best that
@@ -168,16 +169,16 @@ def build(
     key_length, key_heads, value_size = value.shape[-3:]
     batch = tuple(batch)
     by_letter = {"t": query_length, "s": key_length, "h": heads}
-    checks.check_scale(scale)
+    scale = checks.check_scale(scale, heads, batch)
     checks.check_sinks(sinks, heads, batch)
     if dropout is not None and not isinstance(dropout, Dropout):
         raise TypeError(f"dropout must be attnjax.Dropout(rate, seed), got {type(dropout).__name__} {dropout!r}.")
     implementation = _configured(implementation, config)
     mask = None if mask is None else as_mask(mask)
     scores = as_scores(score)
-    if is_array(scale) and not isinstance(scale, np.generic):
+    if is_array(scale):
         scores, scale = (Scale(scale), *scores), 1.0
-    scale = 1.0 / math.sqrt(head_size) if scale is None else float(np.asarray(scale))
+    scale = 1.0 / math.sqrt(head_size) if scale is None else scale
     for argument, node in [("mask", mask), *(("score", s) for s in scores)]:
         if node is not None:
             checks.check_leaves(node, argument, batch, by_letter)

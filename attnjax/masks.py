@@ -445,6 +445,7 @@ class Dense(Mask):
     """
 
     axes: ClassVar = {"array": "hts"}
+    broadcasts: ClassVar = True
     array: Array
 
     def __post_init__(self) -> None:

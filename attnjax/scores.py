@@ -98,6 +98,7 @@ class Bias(Score):
     """
 
     axes: ClassVar = {"array": "hts"}
+    broadcasts: ClassVar = True
     array: Array
 
     def __post_init__(self) -> None:
@@ -220,13 +221,18 @@ class ScoreFn(Score):
 
 
 class Scale(Score):
-    """logit * factor, for a scale that is an array; `attention(scale=array)` puts it first."""
+    """logit * factor, for a scale that is an array; `attention(scale=array)` puts it first.
 
-    axes: ClassVar = {"factor": ""}
+    Args:
+      factor: floats that broadcast to `[*B, N]`, such as one for each query head; gets a gradient.
+    """
+
+    axes: ClassVar = {"factor": "h"}
+    broadcasts: ClassVar = True
     factor: Array
 
     def evaluate(self, logits: Array, tile: Tile) -> Array:
-        return logits * _like(tile.take(self.factor, ""), logits)
+        return logits * _like(tile.take(self.factor, "h"), logits)
 
 
 def as_scores(score: Any) -> tuple[Score, ...]:

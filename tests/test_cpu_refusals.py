@@ -63,7 +63,7 @@ REFUSED = {
     "own_score": ({"score": (aj.SoftCap(3.0), Squared())}, "cannot run Squared, a function of JAX"),
     "cap_array": ({"score": aj.SoftCap(jnp.float32(2.0))}, "soft caps that are Python numbers, not arrays"),
     "two_caps": ({"score": (aj.SoftCap(2.0), aj.SoftCap(3.0))}, "takes one soft cap at most"),
-    "scale_array": ({"scale": jnp.float32(0.3)}, "cannot run Scale"),
+    "scale_array": ({"scale": jnp.full(1, 0.3)}, "cannot run Scale"),
     "seven_scores": ({"score": (aj.Bias(jnp.ones(S)),) * 7}, "takes 6 scores at most"),
     "own_mask": ({"mask": Difference()}, "cannot take this mask: arithmetic between queries and keys"),
     "many_comparisons": ({"mask": alternating(24)}, "cannot take a mask of so many parts"),

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import MASKS, SCORE_VARIANTS, SCORES
-from oracle import Index, Shape
-from problems import IMPLEMENTATIONS, Case, draw, expect, solver
+from cases import MASKS, SCORE_VARIANTS, SCORES, ScoreCase
+from draws import normal
+from oracle import Index, Shape, differentiate
+from problems import IMPLEMENTATIONS, INTERPRETED, Case, draw, expect, solver
 
 import attnjax as aj
+from attnjax.attention import build
 from attnjax.positions import alibi_slopes, relative_position_bucket
 
 CASES = [*SCORES, *SCORE_VARIANTS]
@@ -127,3 +129,35 @@ def test_score_fn_holds_what_its_function_captures():
     first, second = build(jnp.array([1.0, 2.0])), build(jnp.array([3.0, 4.0]))
     assert jax.tree.structure(first) == jax.tree.structure(second)
     assert first.to_array(1, 2).tolist() == [[1.0, 2.0]] and second.to_array(1, 2).tolist() == [[3.0, 4.0]]
+
+
+@pytest.mark.parametrize("implementation", {**IMPLEMENTATIONS, **INTERPRETED})
+@pytest.mark.parametrize("axes", ["", "n", "*n"])
+def test_a_scale_may_be_an_array(axes, implementation):
+    """One factor, one for each head, or one for each head of a batch entry: its value, gradient and tangent."""
+    draw_factors = lambda rng, shape: {"a": 0.4 + 0.2 * np.abs(normal(a=axes)(rng, shape)["a"])}
+    rule = lambda s, i, x: s * i.per(x["a"][..., None] if not axes else x["a"], "n")
+    score = ScoreCase("scaled", lambda x: None, rule, draw_factors, scale=1.0)
+    case = Case(MASKS[1], score, Shape(T=17, S=19, N=4, H=3, V=2))
+    inputs = draw(case, "float32")
+    config = {**IMPLEMENTATIONS, **INTERPRETED}[implementation]
+    mask = case.mask.mask(inputs.d)
+
+    def function(x):
+        arrays = (x["query"], x["key"], x["value"])
+        named = "xla" if implementation == "cpu" else implementation
+        options = dict(mask=mask, implementation=named, config=config, return_lse=True)
+        return aj.attention(*arrays, scale=x["a"], **options)
+
+    got = jax.jit(lambda *args: differentiate(function, *args))(inputs.x, inputs.tangents, inputs.cotangents)
+    expect(case, inputs).check(got)
+
+
+def test_a_scale_that_is_known_is_a_number():
+    """A scalar array outside of a transformation asks nothing more of an implementation than a Python number does."""
+    q = jnp.ones((5, 2, 4))
+    plain = aj.attention(q, q, q, scale=0.25, return_lse=True)
+    for scale in (np.float32(0.25), np.array(0.25), jnp.float32(0.25), jnp.bfloat16(0.25)):
+        assert not build(q, q, q, scale=scale)[0].program.scores
+        np.testing.assert_array_equal(aj.attention(q, q, q, scale=scale, return_lse=True)[1], plain[1])
+    assert not build(q, q, q, scale=jnp.int32(2))[0].program.scores

@@ -86,29 +86,29 @@ def check_leaves(node: Node, argument: str, batch: tuple[int, ...], sizes: dict[
     Raises:
       ValueError: an array that does not fit.
     """
-    for name, leaf, axes in node.operands():
-        exact = not name.startswith(("Dense.", "Bias."))
-        own = [sizes.get(a) for a in axes]
-        shape = tuple(leaf.shape)
-        least = len(axes) if exact else 0
-        letters = [{"t": "T", "s": "S", "h": "N", ".": "*"}[a] for a in axes]
-        wanted = "[" + ", ".join(["*B", *letters]) + "]"
-        full = (*batch, *own)
-        fits = least <= len(shape) <= len(full)
-        for have, want, is_own in zip(
-            reversed(shape), reversed(full), [True] * len(own) + [False] * len(batch), strict=False
-        ):
-            fits = fits and (want is None or have == want or (have == 1 and not (is_own and exact)))
-        if not fits:
-            known = ", ".join(
-                f"{letter} = {size}" for letter, size in zip(letters, own, strict=True) if size is not None
-            )
-            what = "have shape" if exact else "broadcast to"
-            raise ValueError(
-                f"{argument}: {name} is {describe(leaf)} and must {what} {wanted}"
-                f"{' (any *B may be left out)' if exact else ''}, with *B = {_dims(batch)}"
-                f"{', ' + known if known else ''}."
-            )
+    for part in node.nodes():
+        for name, leaf, axes in part.own_operands():
+            _check_leaf(f"{argument}: {name}", leaf, axes, not part.broadcasts, batch, sizes)
+
+
+def _check_leaf(name: str, leaf: Any, axes: str, exact: bool, batch: tuple[int, ...], sizes: dict[str, int]) -> None:
+    own = [sizes.get(a) for a in axes]
+    shape = tuple(leaf.shape)
+    least = len(axes) if exact else 0
+    full = (*batch, *own)
+    fits = least <= len(shape) <= len(full)
+    is_own = [True] * len(own) + [False] * len(batch)
+    for have, want, mine in zip(reversed(shape), reversed(full), is_own, strict=False):
+        fits = fits and (want is None or have == want or (have == 1 and not (mine and exact)))
+    if fits:
+        return
+    letters = [{"t": "T", "s": "S", "h": "N", ".": "*"}[a] for a in axes]
+    known = "".join(f", {letter} = {n}" for letter, n in zip(letters, own, strict=True) if n is not None)
+    wanted = f"[{', '.join(['*B', *letters])}]{' (any *B may be left out)' if exact else ''}"
+    raise ValueError(
+        f"{name} is {describe(leaf)} and must {'have shape' if exact else 'broadcast to'} {wanted}, with *B = "
+        f"{_dims(batch)}{known}."
+    )
 
 
 def check_static_lengths(node: Node, argument: str, query_length: int, key_length: int) -> None:
@@ -160,22 +160,43 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
-def check_scale(scale: Any) -> None:
-    """A number, or a scalar array of floats.
+def check_scale(scale: Any, heads: int, batch: tuple[int, ...]) -> Any:
+    """The factor of logits: a Python number where one is known, else floats `[]`, `[N]` or `[*B, N]`.
 
     Raises:
       TypeError, ValueError: anything else.
     """
     if scale is None:
-        return
-    number = isinstance(scale, (int, float, np.number)) and not isinstance(scale, bool)
-    array = is_array(scale) and jnp.issubdtype(scale.dtype, jnp.floating)
-    if not number and not array:
-        raise TypeError(f"scale must be a number or a scalar array of floats, got {_kind(scale)}.")
-    if is_array(scale) and np.ndim(scale):
-        raise ValueError(f"scale must be a scalar, got {describe(scale)}; per-head scales are a score: ScoreFn.")
-    if number and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}.")
+        return None
+    known = number_of(scale)
+    if known is not None:
+        if not math.isfinite(known):
+            raise ValueError(f"scale must be finite, got {known}.")
+        return float(known)
+    if not is_array(scale) or not jnp.issubdtype(scale.dtype, jnp.floating):
+        raise TypeError(f"scale must be a number or an array of floats, got {_kind(scale)}.")
+    if not broadcasts(tuple(scale.shape), (*batch, heads)):
+        raise ValueError(
+            f"scale is {describe(scale)} and must be a number, or broadcast to [*B, N] with *B = {_dims(batch)} and "
+            f"N = {heads}, one for each query head."
+        )
+    return scale
+
+
+def number_of(value: Any) -> int | float | None:
+    """The number that a Python, numpy or JAX scalar is, as Python's; `None` for anything else, and while it is traced.
+
+    Booleans are no numbers.
+    """
+    if isinstance(value, (bool, Tracer)):
+        return None
+    if isinstance(value, (int, float)):
+        return value
+    if not isinstance(value, (np.number, np.ndarray, jax.Array)) or value.ndim:
+        return None
+    if jnp.issubdtype(value.dtype, jnp.integer):
+        return int(value)
+    return float(value) if jnp.issubdtype(value.dtype, jnp.floating) else None
 
 
 def check_sinks(sinks: Any, heads: int, batch: tuple[int, ...]) -> None:

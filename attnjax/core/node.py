@@ -29,9 +29,11 @@ class Node:
 
     `axes` names, for each field that may hold an array, the axes that array has behind its batch axes:
     `h` query heads, `t` query positions, `s` key positions, `.` an axis that is never split.
+    `broadcasts`: whether its arrays may lack some of these axes, or have size 1 there.
     """
 
     axes: ClassVar[dict[str, str]] = {}
+    broadcasts: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
@@ -66,22 +68,37 @@ class Node:
         """Yields (name, leaf, axes) for every leaf, in the order in which `jax.tree.leaves` gives them."""
         for name in self._dynamic():
             value = getattr(self, name)
+            yield from value.operands() if isinstance(value, Node) else self._own(name, value)
+
+    def own_operands(self) -> Iterator[tuple[str, Leaf, str]]:
+        """Yields the same for its own leaves, without those of the nodes in it."""
+        for name in self._dynamic():
+            value = getattr(self, name)
+            if not isinstance(value, Node):
+                yield from self._own(name, value)
+
+    def _own(self, name: str, value: Any) -> Iterator[tuple[str, Leaf, str]]:
+        if isinstance(value, tuple):
+            for i, item in enumerate(value):
+                yield f"{type(self).__name__}.{name}[{i}]", item, "." * np.ndim(item)
+        else:
+            yield f"{type(self).__name__}.{name}", value, self.axes[name]
+
+    def nodes(self) -> Iterator[Node]:
+        """Yields itself and all nodes in it."""
+        yield self
+        for field in self._fields():
+            value = getattr(self, field.name)
             if isinstance(value, Node):
-                yield from value.operands()
-            elif isinstance(value, tuple):
-                for i, item in enumerate(value):
-                    yield f"{type(self).__name__}.{name}[{i}]", item, "." * np.ndim(item)
-            else:
-                yield f"{type(self).__name__}.{name}", value, self.axes[name]
+                yield from value.nodes()
 
     def functions(self) -> Iterator[IndexFunction]:
         """Yields the functions of indices in it."""
-        for field in self._fields():
-            value = getattr(self, field.name)
-            if isinstance(value, IndexFunction):
-                yield value
-            elif isinstance(value, Node):
-                yield from value.functions()
+        for node in self.nodes():
+            for field in node._fields():
+                value = getattr(node, field.name)
+                if isinstance(value, IndexFunction):
+                    yield value
 
     def __repr__(self) -> str:
         parts = []
