@@ -32,7 +32,7 @@ STEPS = [
     {"core.transforms"},
     {"attention"},
     {"explain", "cache"},
-    {"nn.checks"},
+    {"nn.checks", "nn.constants"},
     {"nn.layers"},
     {"nn.attention", "nn.feed_forward", "nn.embeddings", "nn.stack", "nn.adapters"},
     {"nn.blocks"},

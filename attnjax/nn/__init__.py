@@ -7,6 +7,7 @@ from attnjax.nn.attention import MultiHeadAttention as MultiHeadAttention
 from attnjax.nn.attention import RelativePositions as RelativePositions
 from attnjax.nn.blocks import DecoderBlock as DecoderBlock
 from attnjax.nn.blocks import EncoderBlock as EncoderBlock
+from attnjax.nn.constants import Constant as Constant
 from attnjax.nn.embeddings import LearnedPositions as LearnedPositions
 from attnjax.nn.embeddings import PatchEmbedding as PatchEmbedding
 from attnjax.nn.embeddings import SinusoidalPositions as SinusoidalPositions

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from attnjax.attention import Dropout, attention
 from attnjax.cache import KVCache
+from attnjax.core.node import is_array
 from attnjax.masks import And, Causal, Chunked, Lengths, Mask, Window, as_mask
 from attnjax.nn.checks import (
     check_input,
@@ -25,6 +26,7 @@ from attnjax.nn.checks import (
     check_size,
     dropout_stream,
 )
+from attnjax.nn.constants import held, plain, unwrapped
 from attnjax.nn.layers import (
     NORMS,
     Projection,
@@ -57,7 +59,8 @@ class MultiHeadAttention(nnx.Module):
       context_features: size of each token of the context; default features.
       out_features: size of each token of the result; default features.
       mask: who sees whom, in every call; a mask of the call is combined with it by `&`.
-      score: what is done to the logits, in every call; scores of the call come after it.
+      score: what is done to the logits, in every call; scores of the call come after it. Arrays in mask and score are
+        copied and held as `attnjax.nn.Constant`, which is not trained; those of `nnx.Param(score)` are parameters.
       sinks: learn one more logit per head, which has no value.
       dropout: share of attention weights that are dropped in training.
       rope: an `attnjax.positions.RoPE`.
@@ -65,7 +68,7 @@ class MultiHeadAttention(nnx.Module):
       epsilon: of that norm.
       use_bias: of the projections of query, key and value.
       out_bias: of the last projection; default use_bias.
-      scale: factor of the logits; default 1 / sqrt(H).
+      scale: factor of the logits, a number or an array held like those of a score; default 1 / sqrt(H).
       implementation: as in `attnjax.attention`.
       dtype: of the computation; default: that of x and parameters.
       param_dtype: of the parameters.
@@ -96,7 +99,7 @@ class MultiHeadAttention(nnx.Module):
         context_features: int | None = None,
         out_features: int | None = None,
         mask: Mask | Array | None = None,
-        score: Score | tuple[Score, ...] | None = None,
+        score: Score | nnx.Param | tuple[Score | nnx.Param, ...] | None = None,
         sinks: bool = False,
         dropout: float = 0.0,
         rope: RoPE | None = None,
@@ -104,7 +107,7 @@ class MultiHeadAttention(nnx.Module):
         epsilon: float = 1e-6,
         use_bias: bool = True,
         out_bias: bool | None = None,
-        scale: float | None = None,
+        scale: float | Array | nnx.Param | None = None,
         implementation: Any = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -142,9 +145,10 @@ class MultiHeadAttention(nnx.Module):
 
         self.features, self.context_features = features, context_features
         self.num_heads, self.key_heads, self.head_size, self.value_size = num_heads, key_heads, head_size, value_size
-        self.mask = nnx.data(None if mask is None else as_mask(mask))
-        self.score = nnx.data(as_scores(score))
-        self.rope, self.scale, self.implementation = rope, scale, implementation
+        self.mask = nnx.data(None if mask is None else held(as_mask(mask)))
+        self.score = nnx.data(_held_scores(score))
+        self.scale = nnx.data(held(scale)) if is_array(unwrapped(scale)) else scale
+        self.rope, self.implementation = rope, implementation
         self.dropout, self.deterministic = dropout, False
         self.dtype, self.param_dtype = dtype, param_dtype
         types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
@@ -240,11 +244,11 @@ class MultiHeadAttention(nnx.Module):
                 )
             key, value = self._placed(self.key(x), self.key_norm, positions), self.value(x)
 
-        mask = _all_of(self.mask, mask)
+        mask = _all_of(plain(self.mask), mask)
         options: dict[str, Any] = dict(
-            score=(*self.score, *as_scores(score)) or None,
+            score=(*plain(self.score), *as_scores(score)) or None,
             sinks=None if self.sinks is None else self.sinks[...],
-            scale=self.scale,
+            scale=plain(self.scale),
             implementation=self.implementation,
         )
         dropout = self._dropout(deterministic, rngs)
@@ -374,6 +378,13 @@ class RelativePositions(nnx.Module):
 
     def __call__(self) -> RelativeBias:
         return RelativeBias(self.table[...], self.bidirectional, self.max_distance)
+
+
+def _held_scores(score: Any) -> tuple[Any, ...]:
+    """A score or several, of which some may stand in an `nnx.Param`, with variables in the places of arrays."""
+    given = tuple(score) if isinstance(score, (tuple, list)) else () if score is None else (score,)
+    as_scores(tuple(map(unwrapped, given)))
+    return held(given)
 
 
 def _all_of(*masks: Any) -> Mask | None:

@@ -11,9 +11,12 @@ from flax import nnx
 
 from attnjax.cache import KVCache
 from attnjax.nn.checks import check_rngs, check_size
+from attnjax.nn.constants import Constant
 
 Array = jax.Array
 Make = Callable[[nnx.Rngs], Any]
+
+_CHANGING = nnx.All(nnx.Variable, nnx.Not(nnx.Any(nnx.Param, Constant)))  # what a layer may leave changed behind
 
 
 class Stack(nnx.Module):
@@ -154,7 +157,7 @@ def _step(graph: Any, args: Any, options: dict[str, Any]) -> tuple[Callable, Any
         x, cache = x if "cache" in mine else (x, None)
         sown = nnx.pop(layer, lambda path, leaf: isinstance(leaf, nnx.Intermediate) and "__captures__" not in path)
         random = None if streams is None else nnx.state(own["rngs"])
-        return (x, random), (cache, nnx.state(layer, nnx.All(nnx.Variable, nnx.Not(nnx.Param))), sown)
+        return (x, random), (cache, nnx.state(layer, _CHANGING), sown)
 
     return step, random
 
