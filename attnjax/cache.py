@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from attnjax.attention import attention
-from attnjax.core.checks import check_count
+from attnjax.core.checks import broadcasts, check_count, check_integer
 from attnjax.core.node import describe, is_array
 from attnjax.core.placed import placed
 from attnjax.masks import Causal, Mask, Window, as_mask
@@ -24,11 +24,12 @@ from attnjax.scores import Score, as_scores
 Array = jax.Array
 
 _NOWHERE = -(2**30)  # where a slot without token stands: before all that any window reaches
+_LOST = np.int32(_NOWHERE)  # the length of a row that was told nonsense under `jit`: it stays negative
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("key", "value", "length", "key_scale", "value_scale"),
+    data_fields=("key", "value", "length", "key_scale", "value_scale", "first"),
     meta_fields=("window",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +41,17 @@ class KVCache:
     different lengths. Donate the cache to a compiled step (`jax.jit(step, donate_argnames="cache")`), and its memory is
     written to in place.
 
-    Where more tokens come than there is room for, an error is raised while lengths are known, outside of `jit`; under
-    `jit` the output of such rows is NaN.
+    `truncate` and `rollback` take tokens back, `reset` all of them; `grow` makes room for more.
+
+    Where more tokens come than there is room for, or a ring no longer holds what a row cut short must see, an error is
+    raised while lengths are known, outside of `jit`; under `jit` the output of such rows is NaN.
 
     Attributes:
       key: `[*B, S, K, H]`, value: `[*B, S, K, V]`; S is the capacity. All leaves have the batch axes in front, so that
         rows are picked by `jax.tree.map(lambda x: x[rows], cache)`.
       length: int32 `[*B]`, the number of tokens so far.
       key_scale, value_scale: float32 `[*B, S, K]` where int8 is stored, else `None`.
+      first: int32 `[*B]` in a ring, else `None`: the tokens of a row before this one are no longer held.
       window: tokens before its own that a query sees; `None` is all. With a window the cache is a ring: new tokens take
         the place of those that no query will see again, and any number of them may come.
 
@@ -67,6 +71,7 @@ class KVCache:
     length: Array
     key_scale: Array | None = None
     value_scale: Array | None = None
+    first: Array | None = None
     window: int | None = None
 
     @classmethod
@@ -116,14 +121,15 @@ class KVCache:
                     f"KVCache: capacity must be at least window + 1 = {window + 1}, got {capacity}: a query sees "
                     f"its own token and {window} before it."
                 )
-        scale = jnp.zeros((*batch, capacity, key_heads), jnp.float32) if dtype == jnp.int8 else None
         rows = (*batch, capacity, key_heads)
+        scale = jnp.zeros(rows, jnp.float32) if dtype == jnp.int8 else None
         return cls(
             key=jnp.zeros((*rows, head_size), dtype),
             value=jnp.zeros((*rows, value_size), dtype),
             length=jnp.zeros(batch, jnp.int32),
             key_scale=scale,
             value_scale=None if scale is None else jnp.zeros_like(scale),
+            first=None if window is None else jnp.zeros(batch, jnp.int32),
             window=window,
         )
 
@@ -164,7 +170,7 @@ class KVCache:
         self._check(key, value, lengths)
         count = key.shape[-3]
         self.check_room(count, lengths)
-        added = jnp.int32(count) if lengths is None else lengths.astype(jnp.int32)
+        added = np.int32(count) if lengths is None else _counts(lengths)
         length = self.length + added
         slots = self.positions(count)
         if self.window is not None:  # of the new ones, only the last have room
@@ -172,7 +178,11 @@ class KVCache:
         if lengths is not None:
             real = np.arange(count, dtype=np.int32) < added[..., None]
             slots = jnp.where(real, slots, self.capacity)
-        new = {"length": length}
+        new: dict[str, Any] = {"length": length}
+        if self.first is not None:
+            new["first"] = jnp.maximum(self.first, length - np.int32(self.capacity))
+        if lengths is not None:
+            new["length"] = jnp.where((added < 0) | (added > count), _LOST, length)
         for name, x in (("key", key), ("value", value)):
             held, scale = getattr(self, name), getattr(self, f"{name}_scale")
             if scale is not None:
@@ -187,18 +197,29 @@ class KVCache:
         Raises:
           ValueError: they have not; or lengths outside [0, count].
         """
-        if lengths is not None:
-            outside = (lengths < 0) | (lengths > count)
-            if not isinstance(outside, Tracer) and outside.any():
-                raise ValueError(
-                    f"KVCache: lengths must be between 0 and the {count} tokens that came, got {int(lengths.min())} "
-                    f"to {int(lengths.max())}."
-                )
-        length = self.length + (count if lengths is None else lengths)
-        if self.window is None and not isinstance(length, Tracer) and (length > self.capacity).any():
+        added = np.int32(count) if lengths is None else _counts(lengths)
+        if not isinstance(added, Tracer) and ((added < 0) | (added > count)).any():
+            raise ValueError(
+                f"KVCache: lengths must be between 0 and the {count} tokens that came, got {int(added.min())} to "
+                f"{int(added.max())}."
+            )
+        length = self.length + added
+        if isinstance(length, Tracer) or isinstance(self.first, Tracer):
+            return
+        if (length < 0).any():
+            raise ValueError(
+                "KVCache: a row was given impossible lengths, or lost more tokens than it had, under jit: reset() it."
+            )
+        if self.window is None and (length > self.capacity).any():
             raise ValueError(
                 f"KVCache: {int(length.max())} tokens are more than its capacity of {self.capacity}: create it with "
-                "capacity=, or with window= where only the last ones are seen."
+                "capacity= or grow() it, or create it with window= where only the last ones are seen."
+            )
+        if not self._sees().all():
+            raise ValueError(
+                f"KVCache: a row was cut to {int(self.length.min())} tokens, and its ring of capacity {self.capacity} "
+                f"does not hold all of the {self.window} that its next query sees: to take n tokens back, it needs a "
+                f"capacity of {self.window} + n."
             )
 
     def attend(
@@ -239,9 +260,107 @@ class KVCache:
         mask = causal if mask is None else causal & as_mask(mask)
         scores = tuple(place(s) for s in as_scores(score))
         made = attention(query, keys, values, mask=place(mask), score=scores, **options)
-        if self.window is None:  # a row that is too long must not look like one that is not
-            made = jax.tree.map(functools.partial(_where_room, cache.length <= self.capacity), made)
-        return made, cache
+        right = self._sees() & (cache.length >= 0)  # a row that is not must not look like one that is
+        if self.window is None:
+            right &= cache.length <= self.capacity
+        return jax.tree.map(functools.partial(_where_right, right), made), cache
+
+    def truncate(self, length: int | Int[Array, "*B"]) -> KVCache:
+        """The cache with the first `length` tokens of each row; rows that have no more stay as they are.
+
+        Args:
+          length: integer of at least 0, or integers `[*B]`.
+
+        Raises:
+          TypeError, ValueError: no such integers; a ring that no longer holds what the next query of a row must see.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from attnjax import KVCache
+          >>> cache = KVCache.create(batch=2, capacity=16, key_heads=4, head_size=8)
+          >>> cache = cache.append(jnp.ones((2, 5, 4, 8)), jnp.ones((2, 5, 4, 8)))
+          >>> cache.truncate(jnp.array([3, 9])).length.tolist()
+          [3, 5]
+        """
+        return self._cut(jnp.minimum(self.length, self._by_row("length", length)))
+
+    def rollback(self, count: int | Int[Array, "*B"]) -> KVCache:
+        """The cache without the last `count` tokens of each row, as when the tokens of a draft are refused.
+
+        Args:
+          count: integer of at least 0, or integers `[*B]`.
+
+        Raises:
+          TypeError, ValueError: no such integers; more than a row has; a ring that no longer holds what the next query
+            of a row must see: to take n tokens back, it needs a capacity of window + n.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from attnjax import KVCache
+          >>> cache = KVCache.create(batch=2, capacity=16, key_heads=4, head_size=8)
+          >>> cache.append(jnp.ones((2, 5, 4, 8)), jnp.ones((2, 5, 4, 8))).rollback(2).length.tolist()
+          [3, 3]
+        """
+        count = self._by_row("count", count)
+        short = self.length < count
+        if not isinstance(short, Tracer) and short.any():
+            raise ValueError(
+                f"KVCache: {int(count.max())} tokens cannot be taken back: the shortest row has "
+                f"{int(self.length.min())}."
+            )
+        return self._cut(jnp.where(short, _LOST, self.length - count))
+
+    def reset(self) -> KVCache:
+        """The cache without tokens, in the same memory. `truncate` empties some rows."""
+        first = None if self.first is None else jnp.zeros_like(self.first)
+        return dataclasses.replace(self, length=jnp.zeros_like(self.length), first=first)
+
+    def grow(self, capacity: int) -> KVCache:
+        """The cache with room for `capacity` tokens; what it holds is copied.
+
+        Args:
+          capacity: integer, at least the present one.
+
+        Raises:
+          ValueError: a smaller one.
+
+        Example:
+          >>> from attnjax import KVCache
+          >>> KVCache.create(batch=2, capacity=16, key_heads=4, head_size=8).grow(32).key.shape
+          (2, 32, 4, 8)
+        """
+        check_count("KVCache: capacity", capacity, self.capacity)
+        axis, more = len(self.batch), int(capacity) - self.capacity
+        places = None if self.window is None else self._places(int(capacity)) % self.capacity
+
+        def grown(x: Array) -> Array:
+            if places is not None:  # a ring's tokens move to the slots of the new size
+                return jnp.take_along_axis(x, jnp.expand_dims(places, range(axis + 1, x.ndim)), axis)
+            return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+
+        names = ("key", "value", "key_scale", "value_scale")
+        return dataclasses.replace(self, **{n: grown(x) for n in names if (x := getattr(self, n)) is not None})
+
+    def _by_row(self, name: str, value: Any) -> Array:
+        """An integer of at least 0 for each row, or a TypeError or ValueError."""
+        check_integer("KVCache", name, value, least=0)
+        if not broadcasts(np.shape(value), self.batch):
+            raise ValueError(
+                f"KVCache: {name} must be an integer or integers {list(self.batch)}, got {describe(value)}."
+            )
+        return jnp.broadcast_to(_counts(value), self.batch)
+
+    def _cut(self, length: Array) -> KVCache:
+        first = None if self.first is None else jnp.minimum(self.first, length)
+        cut = dataclasses.replace(self, length=length, first=first)
+        cut.check_room(0)
+        return cut
+
+    def _sees(self) -> Bool[Array, "*B"]:
+        """Rows that hold all that their next query is to see: in a ring that was cut it may be gone."""
+        if self.window is None or self.first is None:
+            return self.length >= 0
+        return (self.length >= 0) & (self.first <= jnp.maximum(self.length - np.int32(self.window), 0))
 
     def _seen(self, cache: KVCache, key: Array, value: Array, lengths: Array | None, dtype: Any) -> Any:
         """Keys, values, and where they stand (`None`: in order from 0), given the cache before and after the new ones.
@@ -256,16 +375,17 @@ class KVCache:
             return *cache._floats(dtype), cache._places()
         own = self.positions(count)
         if lengths is not None:
-            own = jnp.where(np.arange(count, dtype=np.int32) < lengths[..., None], own, _NOWHERE)
+            own = jnp.where(np.arange(count, dtype=np.int32) < _counts(lengths)[..., None], own, _NOWHERE)
         held = self._floats(dtype)
         keys, values = (jnp.concatenate([x, new.astype(dtype)], -3) for x, new in zip(held, (key, value), strict=True))
         return keys, values, jnp.concatenate([self._places(), own], -1)
 
-    def _places(self) -> Int[Array, "*B S"]:
+    def _places(self, capacity: int | None = None) -> Int[Array, "*B S"]:
         """Where the token in each slot of a ring stands: the last one that fell there."""
-        slots = np.arange(self.capacity, dtype=np.int32)
+        capacity = self.capacity if capacity is None else capacity
+        slots = np.arange(capacity, dtype=np.int32)
         last = self.length[..., None] - 1
-        places = last - (last - slots) % self.capacity
+        places = last - (last - slots) % capacity
         return jnp.where(places >= 0, places, _NOWHERE)
 
     def _floats(self, dtype: Any) -> tuple[Array, Array]:
@@ -298,8 +418,9 @@ def _written(held: Array, new: Array, slots: Array) -> Array:
     """`held` [*B, S, ...] with `new` [*B, T, ...] at `slots` [*B, T]; what has no slot is dropped."""
     n = slots.ndim - 1
     if math.prod(slots.shape) == 1:  # one token: plainly a slice that is written in place
-        start = (0,) * n + (jnp.minimum(slots.reshape(()), held.shape[n] - 1),) + (0,) * (held.ndim - n - 1)
-        inside = slots.reshape(()) < held.shape[n]
+        slot, zero = slots.reshape(()), np.int32(0)  # a Python zero would be int64 under x64
+        start = (zero,) * n + (jnp.clip(slot, 0, held.shape[n] - 1),) + (zero,) * (held.ndim - n - 1)
+        inside = (slot >= 0) & (slot < held.shape[n])
         return lax.dynamic_update_slice(held, jnp.where(inside, new, lax.dynamic_slice(held, start, new.shape)), start)
     write = lambda held, new, slots: held.at[slots].set(new, mode="drop")
     for _ in range(n):
@@ -330,6 +451,17 @@ def _quantized(x: Array) -> tuple[Array, Array]:
     return jnp.round(steps).astype(jnp.int8), scale
 
 
-def _where_room(room: Array, x: Array) -> Array:
-    """`x` [*B, ...] in rows that have room, NaN in others."""
-    return jnp.where(room.reshape(*room.shape, *(1,) * (x.ndim - room.ndim)), x, jnp.asarray(jnp.nan, x.dtype))
+def _counts(lengths: Any) -> Array:
+    """int32, whatever type of integers came; what has no room in it is far too many, and does not wrap around."""
+    lengths = lengths if is_array(lengths) else np.asarray(lengths)
+    kind = np.iinfo(lengths.dtype)
+    if kind.max > np.iinfo(np.int32).max:
+        clip = jnp.clip if isinstance(lengths, jax.Array) else np.clip
+        lengths = clip(lengths, max(kind.min, _NOWHERE), -_NOWHERE)
+    return jnp.asarray(lengths.astype(np.int32))
+
+
+def _where_right(right: Array, x: Array) -> Array:
+    """`x` [*B, ...] in rows that are right, NaN in others; made by NumPy, for debug_nans looks at what JAX makes."""
+    nan = np.asarray(np.nan, x.dtype)
+    return jnp.where(right.reshape(*right.shape, *(1,) * (x.ndim - right.ndim)), x, nan)

@@ -302,7 +302,132 @@ def test_bad_tokens():
         ValueError, match="query must be .* one for each new key, got query float32.3, 1, 4, 8. and key"
     ):
         cache.attend(q[:, :1], k, v)
-    with pytest.raises(ValueError, match="8 tokens are more than its capacity of 6: create it with capacity="):
+    with pytest.raises(
+        ValueError, match="8 tokens are more than its capacity of 6: create it with capacity= or grow.. it"
+    ):
         cache.append(k, v).append(k, v)
     with pytest.raises(NotImplementedError, match="Bias has an array by key, and a ring's keys have no fixed places"):
         create(window=3).attend(q, k, v, score=aj.Bias(jnp.zeros((4, 4))))
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (1, 1)], ids=str)
+def test_single_tokens_under_x64(batch):
+    """Python integers beside int32 ones are int64 there; integers of every type are lengths (jax#7368)."""
+    with jax.enable_x64(True):
+        q, k, v = drawn(batch, length=3)
+        for dtype, window in ((jnp.float64, None), (jnp.int8, 2)):
+            cache = create(batch, capacity=4, dtype=dtype, window=window)
+            outs = []
+            for t, kind in enumerate((np.int64, np.uint8, np.uint64)):
+                step = (x[..., t : t + 1, :, :] for x in (q, k, v))
+                out, cache = cache.attend(*step, lengths=np.ones(batch, kind))
+                outs.append(out)
+            want = whole(q, k, v, mask=None if window is None else aj.Window(window, 0))
+            np.testing.assert_allclose(jnp.concatenate(outs, -3), want, rtol=0, atol=1e-6 if window is None else 0.05)
+
+
+def test_under_debug_nans():
+    q, k, v = drawn(length=2)
+    with jax.debug_nans(True):
+        for window in (None, 3):
+            assert np.isfinite(create(window=window).attend(q, k, v)[0]).all()
+
+
+@pytest.mark.parametrize(("window", "capacity"), [(None, T), (6, 10), (6, 23)], ids=["straight", "ring", "wide"])
+def test_tokens_taken_back(window, capacity):
+    """Drafts of four tokens, of which each row keeps some (mlx-swift-lm#424, transformers#47447)."""
+    q, k, v = drawn()
+    kept = np.array([[4, 0, 2], [1, 4, 3], [0, 4, 4], [4, 4, 0], [2, 1, 4], [4, 2, 1]])
+    mask = None if window is None else aj.Window(window, 0)
+
+    @jax.jit
+    def step(cache, q, k, v, keep):
+        out, cache = cache.attend(q, k, v)
+        return out, cache.rollback(4 - keep)
+
+    cache, noise = create(capacity=capacity, window=window), drawn(length=4)
+    _, cache = cache.attend(*(x[:, :3] for x in (q, k, v)))
+    held, found = np.full(B, 3), [[] for _ in range(B)]
+    for keep in kept:
+        draft = [np.array(x) for x in noise]  # refused tokens are others than those that come in their place
+        for x, own in zip(draft, (q, k, v), strict=True):
+            for row, n in enumerate(keep):
+                x[row, :n] = own[row, held[row] : held[row] + n]
+        out, cache = step(cache, *draft, jnp.asarray(keep))
+        for row, n in enumerate(keep):
+            found[row].append(np.asarray(out[row, :n]))
+        held += keep
+        assert cache.length.tolist() == held.tolist()
+    want = whole(q, k, v, mask=mask)
+    for row in range(B):
+        np.testing.assert_allclose(np.concatenate(found[row]), want[row, 3 : held[row]], rtol=0, atol=5e-6)
+
+
+def test_a_ring_that_no_longer_holds_what_a_shorter_row_sees():
+    """It refuses, or gives NaN; setting the length by hand is no way around."""
+    q, k, v = drawn(length=10)
+    _, cache = create(capacity=7, window=5).attend(q, k, v)
+    want = whole(q, k, v, mask=aj.Window(5, 0))
+    last = [x[:, 7:] for x in (q, k, v)]
+    attend = jax.jit(lambda cache, q, k, v: cache.attend(q, k, v)[0])
+    np.testing.assert_allclose(attend(cache.rollback(2), *(x[:, 8:] for x in (q, k, v))), want[:, 8:], atol=5e-6)
+    for cut in (lambda cache: cache.rollback(3), lambda cache: cache.truncate(7)):
+        with pytest.raises(ValueError, match="cut to 7 tokens, and its ring of capacity 7 does not hold all of the 5"):
+            cut(cache)
+        assert np.isnan(jax.jit(lambda cache, cut=cut: cut(cache).attend(*last)[0])(cache)).all()
+    by_hand = dataclasses.replace(cache, length=cache.length - 3)
+    with pytest.raises(ValueError, match=r"to take n tokens back, it needs a capacity of 5 \+ n"):
+        by_hand.attend(*last)
+    assert np.isnan(attend(by_hand, *last)).all()
+    rows = jax.jit(lambda cache: cache.truncate(jnp.array([8, 7, 0])))(cache)
+    assert np.isnan(attend(rows, *(x[:, :1] for x in (q, k, v)))).all((1, 2, 3)).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("window", [None, 5], ids=["straight", "ring"])
+def test_emptied_and_grown(window):
+    q, k, v = drawn()
+    want = whole(q, k, v, mask=None if window is None else aj.Window(window, 0))
+    first, second, third = ([x[:, a:b] for x in (q, k, v)] for a, b in ((0, 8), (8, 20), (20, 23)))
+    for empty in (KVCache.reset, lambda cache: cache.truncate(np.int64(0))):
+        cache = empty(create(capacity=8, window=window, dtype=jnp.float32).attend(*(x + 1 for x in first))[1])
+        out, cache = cache.attend(*first)
+        np.testing.assert_allclose(out, want[:, :8], rtol=0, atol=5e-6)
+    cache = cache.grow(20)
+    assert cache.capacity == 20 and cache.length.tolist() == [8] * B
+    outs = []
+    for part in (second, third):
+        out, cache = cache.attend(*part)
+        outs.append(out)
+        cache = jax.jit(lambda cache: cache.grow(29))(cache)
+    np.testing.assert_allclose(jnp.concatenate(outs, 1), want[:, 8:], rtol=0, atol=5e-6)
+    few = create(capacity=8, window=window, dtype=jnp.int8).grow(9)
+    assert few.key_scale.shape == (B, 9, K) and few.key.dtype == jnp.int8
+
+
+def test_impossible_lengths_under_jit_are_nan_from_then_on():
+    q, k, v = drawn(length=4)
+    for window in (None, 3):
+        cache = create(window=window).append(k[:, :1], v[:, :1])
+        step = jax.jit(lambda cache, lengths: cache.attend(q, k, v, lengths=lengths))
+        out, cache = step(cache, jnp.array([4, 5, -1]))
+        assert np.isnan(out).all((1, 2, 3)).tolist() == [False, True, True]
+        out, _ = step(cache, jnp.array([1, 1, 1]))
+        assert np.isnan(out).all((1, 2, 3)).tolist() == [False, True, True]
+        with pytest.raises(ValueError, match="impossible lengths, or lost more tokens than it had, under jit: reset"):
+            cache.append(k, v)
+        assert np.isfinite(cache.reset().attend(q, k, v)[0]).all()
+
+
+def test_bad_cuts():
+    cache = create(capacity=6).append(*drawn(length=4)[1:])
+    with pytest.raises(ValueError, match="5 tokens cannot be taken back: the shortest row has 4"):
+        cache.rollback(5)
+    assert np.isnan(jax.jit(lambda c: c.rollback(5).attend(*drawn(length=1))[0])(cache)).all()
+    with pytest.raises(ValueError, match="KVCache: length must be at least 0, got -1"):
+        cache.truncate(-1)
+    with pytest.raises(TypeError, match="KVCache: count must be an integer or an integer array, got 1.5"):
+        cache.rollback(1.5)
+    with pytest.raises(ValueError, match=r"KVCache: length must be an integer or integers \[3\], got int32\[2\]"):
+        cache.truncate(jnp.array([1, 2]))
+    with pytest.raises(ValueError, match="KVCache: capacity must be an integer of at least 6, got 5"):
+        cache.grow(5)
