@@ -1,21 +1,28 @@
-"""A program for test_sharding.py: attention divided over 8 simulated devices, and on one. Prints JSON lines."""
+"""A program for test_sharding.py: attention divided over 8 simulated devices, and on one. Prints JSON lines.
+
+Every case runs on a mesh with Auto axes, where XLA decides how results lie, and on one with Explicit axes, where their
+types say it.
+"""
 
 import collections
 import json
+import math
 import re
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import attnjax as aj
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_disable_most_optimizations", True)  # compiled to be run once
 implementation = sys.argv[1]
-MESH = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+MESHES = {kind: jax.make_mesh((2, 4), ("data", "model"), axis_types=(own,) * 2) for kind, own in KINDS.items()}
 B, T, N, K, H = 4, 24, 8, 4, 8
 rng = np.random.default_rng(0)
 normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -46,7 +53,7 @@ def product(*args):
 def by_hand(*args):
     """The loss with `shard_map`: each device calls attention for its own share."""
     specs = dict(in_specs=DIVIDED[:7], out_specs=(BOTH, BOTH))
-    out, lse = jax.shard_map(everything, mesh=MESH, **specs)(*args)
+    out, lse = jax.shard_map(everything, **specs)(*args)
     return jnp.sin(out).sum() + jnp.sin(lse).sum()
 
 
@@ -68,6 +75,12 @@ CASES = {  # a function, its arguments, how they lie; and another function that 
     "gradient with one key head": (gradient, (q, *one_head, *ALL[3:]), (BOTH, DATA, DATA, *DIVIDED[3:])),
     "tangent": (tangent, (q, k, v), (BOTH,) * 3),
     "second order": (product, ALL, SHARED),
+    "second order by batch and head": (product, ALL, DIVIDED),
+    "vmap of gradient": (
+        jax.vmap(gradient, in_axes=(0, None, None, None, None, None, 0)),
+        (q, k[0], v[0], *ALL[3:7]),
+        (DATA, NONE, NONE, NONE, NONE, NONE, DATA),
+    ),
     "vmap": (jax.vmap(attend, in_axes=(0, None, None)), (q, k[0], v[0]), (DATA, NONE, NONE)),
     "key heads that do not divide": (attend, (q, *two_heads), (BOTH, DATA, DATA)),
     "function of heads": (lambda q, k, v: attend(q, k, v, mask=by_head), (q, k, v), (BOTH,) * 3),
@@ -83,12 +96,26 @@ def shares(array):
     return len({str(shard.index) for shard in array.addressable_shards})
 
 
+def parts(spec):
+    """The same as a type tells it."""
+    return math.prod(MESHES["explicit"].shape[name] for name in spec if name)
+
+
 for name, (function, arguments, specs, *same) in CASES.items():
     want = jax.tree.leaves(jax.jit(*(same or [function]))(*arguments))
-    placed = [jax.device_put(x, NamedSharding(MESH, spec)) for x, spec in zip(arguments, specs, strict=True)]
-    compiled = jax.jit(function).lower(*placed).compile()
-    got = jax.tree.leaves(compiled(*placed))
-    differ = lambda a, b: float(jnp.abs(np.asarray(a) - b).max() / (1 + jnp.abs(b).max()))
-    error = max(differ(a, b) for a, b in zip(got, want, strict=True))
-    moves = collections.Counter(re.findall(MOVES, compiled.as_text()))
-    print(json.dumps({"name": name, "error": error, "moves": moves, "shares": [shares(x) for x in got]}))
+    for kind, mesh in MESHES.items():
+        placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arguments, specs, strict=True)]
+        case = {"name": f"{kind} {name}"}
+        with jax.set_mesh(mesh):
+            try:
+                compiled = jax.jit(function).lower(*placed).compile()
+            except ValueError as error:
+                print(json.dumps(case | {"refused": str(error)}))
+                continue
+            got = jax.tree.leaves(compiled(*placed))
+            if kind == "explicit":
+                case["typed"] = [parts(x.sharding.spec) for x in jax.tree.leaves(jax.eval_shape(function, *placed))]
+        differ = lambda a, b: float(jnp.abs(np.asarray(a) - b).max() / (1 + jnp.abs(b).max()))
+        case["error"] = max(differ(a, b) for a, b in zip(got, want, strict=True))
+        case["moves"] = collections.Counter(re.findall(MOVES, compiled.as_text()))
+        print(json.dumps(case | {"shares": [shares(x) for x in got]}))

@@ -15,7 +15,7 @@ PACKAGE = Path(attnjax.__file__).parent
 
 # Each file imports only from steps before its own. Files of one step do not import each other, but for bench.
 STEPS = [
-    {"core.devices", "core.functions", "core.dropout", "core.softmax", "positions", "profiling"},
+    {"core.devices", "core.functions", "core.dropout", "core.mesh_types", "core.softmax", "positions", "profiling"},
     {"core.node"},
     {"core.checks"},
     {"core.tiles"},

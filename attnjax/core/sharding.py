@@ -16,24 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src.dispatch import prim_requires_devices_during_lowering  # has no public name
-from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 from jax.extend.core import Primitive
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from attnjax.core.mesh_types import Names, Operand, without_mesh
 from attnjax.core.program import Problem
 
 Array = jax.Array
-Names = tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """An argument or result: its axes in operand form, its shape and type."""
-
-    axes: str
-    shape: tuple[int, ...]
-    dtype: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,32 +87,15 @@ def shared_out(
 
         def lower(*arrays: Array) -> list[Array]:
             sums = (share.summed_over(sizes, r) for r in results)
-            return [lax.psum(x, names) if names else x for x, names in zip(own(*arrays), sums, strict=True)]
+            with without_mesh():
+                made = own(*arrays)
+            return [lax.psum(x, names) if names else x for x, names in zip(made, sums, strict=True)]
 
         place = lambda some: [NamedSharding(mesh, share.spec(sizes, x)) for x in some]
         return mesh, lower, place(results), tuple(place(arguments))
 
     run.def_partition(partition=partition, sharding_rule=lambda *_: _rule(problem, arguments, results))
     return run
-
-
-def vary_together(arrays: Sequence[Array]) -> list[Array]:
-    """The arrays, each of them varying over the mesh axes that any of them varies over, inside `jax.shard_map`.
-
-    What devices share gets a gradient that is summed over them: that is the transpose of this.
-    """
-    every = frozenset().union(*(jax.typeof(x).mat.varying for x in arrays))
-    missing = [tuple(every - jax.typeof(x).mat.varying) for x in arrays]
-    return [lax.pcast(x, names, to="varying") if names else x for x, names in zip(arrays, missing, strict=True)]
-
-
-def result_type(shape: tuple[int, ...], dtype: Any, arguments: Sequence[Any]) -> ShapedArray:
-    """The type of a result: inside `jax.shard_map` it varies over the mesh axes that an argument varies over."""
-    for aval in arguments:
-        if aval.mat.varying:
-            place = NamedSharding(aval.sharding.mesh, PartitionSpec(*[None] * len(shape)))
-            return aval.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=place)
-    return ShapedArray(shape, jnp.dtype(dtype))
 
 
 def tell_devices(primitive: Primitive) -> None:

@@ -17,8 +17,9 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from attnjax.core.mesh_types import Operand, placed_as, result_types, without_mesh
 from attnjax.core.program import Problem
-from attnjax.core.sharding import compiled_for_several, result_type
+from attnjax.core.sharding import compiled_for_several
 from attnjax.core.walk import Output, Visit, Walk, push, reduce_to
 from attnjax.tuning import PLATFORMS, choose_blocks
 
@@ -190,7 +191,8 @@ sweep_p.multiple_results = True
 
 
 def _abstract(*operands: Any, problem: Problem, fn: TileFunction, axes: tuple, outputs: tuple) -> list:
-    return [result_type(o.shape, o.dtype, operands) for o in outputs]
+    made = [Operand(o.axes, o.shape, o.dtype) for o in outputs]
+    return result_types(problem.sizes, axes, operands, made)
 
 
 def _jvp(primals: list, tangents: list, *, problem: Problem, fn: TileFunction, axes: tuple, outputs: tuple) -> Any:
@@ -227,7 +229,7 @@ def _transpose(
     made = sweep_p.bind(*values, problem=problem, fn=transposed, axes=named, outputs=wanted)
     results: list[Any] = [None] * len(operands)
     for i, x in zip(of, made, strict=True):
-        results[i] = x.astype(operands[i].aval.dtype)
+        results[i] = placed_as(x.astype(operands[i].aval.dtype), operands[i].aval)
     return results
 
 
@@ -268,9 +270,15 @@ def register(
             exported = ctx.module_context.lowering_parameters.for_export
             divided = not exported and compiled_for_several(ctx)
             bound = partial(body, platform=platform or "other", exported=exported, divided=divided)
+            types = ctx.avals_out
+
+            def placed(*args: Array, **params: Any) -> list[Array]:
+                return [placed_as(x, aval) for x, aval in zip(bound(*args, **params), types, strict=True)]
+
             plain = lambda avals: [ShapedArray(a.shape, a.dtype) for a in avals]
-            ctx = ctx.replace(avals_in=plain(ctx.avals_in), avals_out=plain(ctx.avals_out))
-            return mlir.lower_fun(bound, multiple_results=True)(ctx, *args, **params)
+            ctx = ctx.replace(avals_in=plain(ctx.avals_in), avals_out=plain(types))
+            with without_mesh():
+                return mlir.lower_fun(placed, multiple_results=True)(ctx, *args, **params)
 
         mlir.register_lowering(primitive, lower, platform=platform)
 

@@ -10,7 +10,6 @@ Each is lowered per platform by the implementation that `core.dispatch` chooses 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +19,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from attnjax.core.dispatch import choose, shares
+from attnjax.core.mesh_types import Operand, check_positions, placed_as, result_types, vary_together
 from attnjax.core.program import Problem
-from attnjax.core.sharding import Operand, result_type, shared_out, tell_devices, vary_together
+from attnjax.core.sharding import shared_out, tell_devices
 from attnjax.core.softmax import Rows, log_sum_exp
 from attnjax.core.sweep import lead, register
 from attnjax.core.walk import push
@@ -29,6 +29,7 @@ from attnjax.core.walk import push
 Array = jax.Array
 Shapes = list[tuple[int, ...]]
 Wanted = tuple[tuple[int, tuple[int, ...]], ...]  # positions of operands and the shapes of their gradients
+_ROWS = ("th.", "th", "th")
 
 
 @partial(jax.jit, static_argnums=0)
@@ -44,13 +45,37 @@ for _primitive in (attention_p, tangent_p, backward_p):
     tell_devices(_primitive)
 
 
-def _outputs(problem: Problem, rows: int, arguments: Sequence[Any]) -> list[Any]:
-    """Shapes of out and of so many numbers per query."""
+def _outputs(problem: Problem, rows: int) -> list[Operand]:
+    """out, and so many numbers per query."""
     out, row = problem.out_shapes()
-    return [
-        result_type(out, problem.dtype, arguments),
-        *[result_type(row, problem.accumulate, arguments)] * rows,
-    ]
+    return [Operand("th.", out, problem.dtype), *[Operand("th", row, problem.accumulate)] * rows]
+
+
+def _gradients(problem: Problem, wanted: Wanted) -> list[Operand]:
+    return [Operand(problem.program.axes[i], shape, problem.accumulate) for i, shape in wanted]
+
+
+def _attention_types(*operands: Any, problem: Problem) -> list[Any]:
+    axes = problem.program.axes
+    check_positions(axes, operands, len(problem.sizes.batch), problem.program.name_of)
+    return result_types(problem.sizes, axes, operands, _outputs(problem, 2))
+
+
+def _tangent_axes(problem: Problem, moved: tuple[int, ...]) -> list[str]:
+    return [*problem.program.axes, *_ROWS, *(problem.program.axes[i] for i in moved)]
+
+
+def _tangent_types(*args: Any, problem: Problem, moved: tuple[int, ...]) -> list[Any]:
+    return result_types(problem.sizes, _tangent_axes(problem, moved), args, _outputs(problem, 1))
+
+
+def _backward_axes(problem: Problem) -> list[str]:
+    return [*problem.program.axes, *_ROWS, "th.", "th"]
+
+
+def _backward_types(*args: Any, problem: Problem, wanted: Wanted) -> list[Any]:
+    likes = [args[i] for i, _ in wanted]
+    return result_types(problem.sizes, _backward_axes(problem), args, _gradients(problem, wanted), likes)
 
 
 def _attention(*operands: Array, platform: str, exported: bool, divided: bool, problem: Problem) -> list[Array]:
@@ -61,13 +86,12 @@ def _attention(*operands: Array, platform: str, exported: bool, divided: bool, p
 
         return run
 
-    axes, made = [*problem.program.axes], ["th.", "th", "th"]
-    return _run(body, problem, operands, axes, _outputs(problem, 2, ()), made, divided)
+    return _run(body, problem, operands, [*problem.program.axes], _outputs(problem, 2), divided)
 
 
 def _attention_jvp(primals: list, tangents: list, *, problem: Problem) -> Any:
     rows = Rows(*attention_p.bind(*primals, problem=problem))
-    zeros = [ad.Zero(a) for a in _outputs(problem, 2, [jax.typeof(x) for x in primals])]
+    zeros = [ad.Zero(jax.typeof(x)) for x in rows]
     moved = tuple(i for i in problem.differentiable if type(tangents[i]) is not ad.Zero)
     if not moved:
         return list(rows), zeros
@@ -99,9 +123,7 @@ def _tangent(
 
         return run
 
-    own = problem.program.axes
-    axes = [*own, "th.", "th", "th", *(own[i] for i in moved)]
-    return _run(body, problem, args, axes, _outputs(problem, 1, ()), ["th.", "th"], divided)
+    return _run(body, problem, args, _tangent_axes(problem, moved), _outputs(problem, 1), divided)
 
 
 def _tangent_jvp(primals: list, tangents: list, *, problem: Problem, moved: tuple[int, ...]) -> Any:
@@ -122,7 +144,7 @@ def _tangent_transpose(cotangents: list, *args: Any, problem: Problem, moved: tu
         problem=problem,
         wanted=tuple((i, tuple(aval.shape)) for i, aval in wanted),
     )
-    made = {i: x.astype(aval.dtype) for (i, aval), x in zip(wanted, made, strict=True)}
+    made = {i: placed_as(x.astype(aval.dtype), aval) for (i, aval), x in zip(wanted, made, strict=True)}
     return [None] * linear + [made.get(i) for i in moved]
 
 
@@ -152,10 +174,7 @@ def _backward(
 
         return run
 
-    own = problem.program.axes
-    made = [jax.ShapeDtypeStruct(shape, problem.accumulate) for _, shape in wanted]
-    axes = [*own, "th.", "th", "th", "th.", "th"]
-    return _run(body, problem, args, axes, made, [own[i] for i in positions], divided)
+    return _run(body, problem, args, _backward_axes(problem), _gradients(problem, wanted), divided)
 
 
 def _backward_jvp(primals: list, tangents: list, *, problem: Problem, wanted: Wanted) -> Any:
@@ -176,7 +195,8 @@ def _backward_transpose(cotangents: list, *args: Any, problem: Problem, wanted: 
         moved=tuple(i for i, _ in live),
     )
     results = [
-        x.astype(a.aval.dtype) if ad.is_undefined_primal(a) else None for a, x in zip(args[-2:], made, strict=True)
+        placed_as(x.astype(a.aval.dtype), a.aval) if ad.is_undefined_primal(a) else None
+        for a, x in zip(args[-2:], made, strict=True)
     ]
     return [None] * (len(args) - 2) + results
 
@@ -193,13 +213,11 @@ def _run(
     problem: Problem,
     args: tuple[Array, ...],
     axes: list[str],
-    made: list[Any],
-    made_axes: list[str],
+    results: list[Operand],
     divided: bool,
 ) -> list[Array]:
     """Runs a body: on each device its own share, where it is compiled for several."""
     arguments = [Operand(a, tuple(x.shape), x.dtype) for a, x in zip(axes, args, strict=True)]
-    results = [Operand(a, tuple(x.shape), x.dtype) for a, x in zip(made_axes, made, strict=True)]
     if not divided:
         return body(problem, [r.shape for r in results])(*args)
     return shared_out(body, problem, arguments, results)(*args)
@@ -227,12 +245,9 @@ def _derivative(body: Any, primals: list, tangents: list) -> list[Array]:
 
 
 def _register() -> None:
-    outputs = lambda *args, problem: _outputs(problem, 2, args)
-    tangents = lambda *args, problem, moved: _outputs(problem, 1, args)
-    gradients = lambda *args, problem, wanted: [result_type(s, problem.accumulate, args) for _, s in wanted]
-    register(attention_p, outputs, _attention, _attention_batch)
-    register(tangent_p, tangents, _tangent, _tangent_batch)
-    register(backward_p, gradients, _backward, _backward_batch)
+    register(attention_p, _attention_types, _attention, _attention_batch)
+    register(tangent_p, _tangent_types, _tangent, _tangent_batch)
+    register(backward_p, _backward_types, _backward, _backward_batch)
     ad.primitive_jvps[attention_p] = _attention_jvp
     ad.primitive_jvps[tangent_p] = _tangent_jvp
     ad.primitive_transposes[tangent_p] = _tangent_transpose
