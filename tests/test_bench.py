@@ -304,6 +304,14 @@ def test_list(capsys):
     assert all(name in printed for name in peers.COMPETITORS)
 
 
+def test_a_reader_that_stops_reading_is_no_error():
+    command = [sys.executable, "-u", "-m", "attnjax.bench.cli", "bench", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout.readline().startswith(b"cases")
+        running.stdout.close()
+        assert (running.wait(timeout=100), running.stderr.read()) == (0, b"")
+
+
 def test_list_of_some(capsys):
     assert cli.main(["bench", "--list", "--case", "tiny*", "--dtype", "bfloat16"]) == 0
     printed = capsys.readouterr().out

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib.metadata
 import json
+import os
 import pathlib
 import shlex
 import sys
@@ -33,13 +34,21 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns the exit status.
 
-    0: done; 1: nothing could be measured; 2: arguments that make no sense; 130: interrupted.
+    0: done, also where whoever reads the output has had enough (`attnjax bench --list | head`); 1: nothing could be
+    measured; 2: arguments that make no sense; 130: interrupted.
     """
     parser = _parser()
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = parser.parse_args(words)
     arguments.words = words
-    return arguments.command(arguments, parser)
+    try:
+        status = arguments.command(arguments, parser)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Python flushes once more when it ends, into what nobody reads.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
