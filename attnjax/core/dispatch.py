@@ -67,7 +67,7 @@ def choose(
     Args:
       problem, operands: the call; the operands may be `jax.ShapeDtypeStruct`.
       platform: what it is compiled for; "" where the body is differentiated as a whole, which makes it "higher".
-      part: one of `PARTS`.
+      part: one of `PARTS`. Where an array is empty no other kernel is asked than xla, which needs none of the rest.
       exported: by `jax.export`, whose programs run where attnjax may not be installed: not with compiled kernels,
         unless one is named.
       gradients: positions of operands whose gradients it must be able to give.
@@ -75,6 +75,8 @@ def choose(
     Raises:
       NotImplementedError: the implementation that was named cannot take the problem.
     """
+    if not problem.pairs or not problem.value_size:
+        return Choice("xla", {name: "an array is empty" for name in KERNELS if name != "xla"})
     named, part = problem.implementation, part if platform else "higher"
     own = named is not None and part in parts_of(named, problem, operands)
     if named is not None and not own:  # its config says nothing to those that run this part

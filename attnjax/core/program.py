@@ -7,6 +7,7 @@ The operands are, in this order: query, key, value, [sinks], [dropout's seeds by
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -125,6 +126,11 @@ class Problem:
     def accumulate(self) -> Any:
         """float64 for float64 problems, float32 for all others."""
         return jnp.dtype("float64" if self.dtype == "float64" else "float32")
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of query and key, over all batch entries; with none there is nothing to compute."""
+        return math.prod((*self.sizes.batch, self.sizes.query_length, self.sizes.key_length))
 
     def with_batch(self, size: int) -> Problem:
         """The problem with one more mapped batch axis in front."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,28 @@ def finite(x: Array) -> Array:
     return jnp.where(x == -jnp.inf, jnp.zeros_like(x), x)
 
 
+def no_rows(shape: tuple[int, ...], dtype: Any, accumulate: Any, sinks: Array | None) -> Rows:
+    """The rows of an attention that has no keys: nothing is seen but the sinks, which broadcast to [*batch, T, N].
+
+    Args:
+      shape: of the output, whose type is `dtype`; highest and total have the type `accumulate`.
+    """
+    highest, total = jnp.full(shape[:-1], -jnp.inf, accumulate), jnp.zeros(shape[:-1], accumulate)
+    rows = Rows(jnp.zeros(shape, accumulate), highest, total)
+    rows = rows if sinks is None else add_sinks(rows, sinks.astype(accumulate))
+    return rows._replace(out=rows.out.astype(dtype))
+
+
+def settled(x: Array) -> Array:
+    """x, rounded: for logits that end in a product, before anything is subtracted from them.
+
+    XLA on CPUs contracts a product and the difference that follows, which is then not rounded between them. A maximum
+    is of rounded products, so that what it leaves of itself is not 0, but 64 for logits of 10^9. Adding a zero that
+    XLA does not know costs nothing: that is contracted with the product.
+    """
+    return x + jax.lax.optimization_barrier(jnp.zeros((), x.dtype))
+
+
 def merge_max(highest: Array, logits: Array) -> tuple[Array, Array, Array]:
     """Takes in a block of logits.
 
@@ -66,12 +88,20 @@ def first_max(logits: Array) -> tuple[Array, Array]:
 def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array, Array]:
     """Attention over two sets of keys from attention over each of them.
 
+    Weights and sums are float32 (float64 where a part is float64), and the output is rounded once. Where many parts of
+    16 bits are merged one after the other, `out.astype(jnp.float32)` of the first keeps the sum from being rounded at
+    every step.
+
     Args:
       out_a, out_b: outputs `[..., V]`.
       lse_a, lse_b: log-sum-exps `[...]`, -inf where nothing is seen.
 
     Returns:
-      The output and the log-sum-exp over both sets.
+      The output and the log-sum-exp over both sets. The output has the type of the two outputs, the wider one where
+      they differ. Both are differentiable to any order, also where neither part sees anything.
+
+    Raises:
+      TypeError, ValueError: parts that are not floats, or of different shapes.
 
     Example:
       >>> import jax
@@ -84,10 +114,35 @@ def merge(out_a: Array, lse_a: Array, out_b: Array, lse_b: Array) -> tuple[Array
     References:
       Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
     """
-    lse = jnp.logaddexp(lse_a, lse_b)
-    safe = finite(lse)
-    weight = lambda part: jnp.exp(part - safe)[..., None].astype(out_a.dtype)
-    return weight(lse_a) * out_a + weight(lse_b) * out_b, lse
+    _check_parts(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    wide = _widest(jnp.float32, lse_a.dtype, lse_b.dtype, out_a.dtype, out_b.dtype)
+    lse_a, lse_b = lse_a.astype(wide), lse_b.astype(wide)
+    # The result does not depend on what is subtracted, so that may stand still: no derivative divides by nothing.
+    highest = jax.lax.stop_gradient(finite(jnp.maximum(lse_a, lse_b)))
+    weight_a, weight_b = jnp.exp(lse_a - highest), jnp.exp(lse_b - highest)
+    total = weight_a + weight_b
+    out = weight_a[..., None] * out_a.astype(wide) + weight_b[..., None] * out_b.astype(wide)
+    out = out * inverse(total)[..., None]
+    return out.astype(_widest(out_a.dtype, out_b.dtype)), log_sum_exp(highest, total)
+
+
+def _check_parts(**parts: Any) -> None:
+    for name, part in parts.items():
+        if not hasattr(part, "dtype") or not jnp.issubdtype(part.dtype, jnp.floating):
+            kind = getattr(part, "dtype", type(part).__name__)
+            raise TypeError(
+                f"merge: {name} must be an array of floats, as attention(return_lse=True) gives, got {kind}."
+            )
+    shapes = {name: tuple(part.shape) for name, part in parts.items()}
+    out = shapes["out_a"]
+    if not out or shapes["out_b"] != out or {shapes["lse_a"], shapes["lse_b"]} != {out[:-1]}:
+        given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"merge: outputs must be [..., V] and log-sum-exps [...], equal in both parts, got {given}.")
+
+
+def _widest(*dtypes: Any) -> Any:
+    """The type of the most bits, the first of these; no promotion, which may be forbidden."""
+    return max(dtypes, key=lambda dtype: jnp.dtype(dtype).itemsize)
 
 
 def merge_rows(out: Array, highest: Array, total: Array) -> Rows:

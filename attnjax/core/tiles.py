@@ -248,7 +248,7 @@ class Grid:
             fresh = (tile.q >= i * self.block_q) & (tile.k >= j * self.block_k)
             full = jnp.all(seen | ~fresh, axis=(-2, -1))
             some = jnp.any(seen & fresh, axis=(-2, -1))
-            return (full.astype(jnp.int8) + some.astype(jnp.int8)).reshape(*lanes, -1)
+            return (full.astype(jnp.int8) + some.astype(jnp.int8)).reshape(*lanes, tile.heads if uses[1] else 1)
 
         rows, columns = (jnp.arange(count, dtype=jnp.int32) for count in self.shape)
         kinds = lax.map(lambda i: lax.map(lambda j: block(i, j), columns), rows)

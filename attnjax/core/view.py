@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnjax.core.program import Problem
+from attnjax.core.softmax import settled
 from attnjax.core.split import PairTile, Split
 
 Array = jax.Array
@@ -28,6 +29,11 @@ def unit(problem: Problem) -> float:
 def power(problem: Problem, exponents: Array) -> Array:
     """2 or e to these."""
     return jnp.exp(exponents) if problem.dtype == "float32" else jnp.exp2(exponents)
+
+
+def _settled(logits: Array, interpreted: bool) -> Array:
+    """`softmax.settled`. Of compilers of kernels a zero need not be hidden: they know that -0.0 + 0.0 is not -0.0."""
+    return settled(logits) if interpreted else logits + 0.0
 
 
 class View:
@@ -60,6 +66,8 @@ class View:
             logits = self._tile.modify(self._raw) * unit(split.problem)
         else:
             logits = raw * (program.scale * unit(split.problem))
+        if split.problem.dtype == "float32":
+            logits = _settled(logits, getattr(split.problem.config, "interpret", False))
         self.logits = self.hidden(logits, -jnp.inf)
 
     def seen(self, rows: tuple[Array, ...]) -> tuple[Array, ...]:

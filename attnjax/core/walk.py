@@ -115,7 +115,7 @@ class _Place(NamedTuple):
 
 @dataclasses.dataclass
 class Walk:
-    """Runs `step` on every tile that is not empty.
+    """Runs `step` on every tile that is not empty. There is at least one pair of query and key.
 
     Attributes:
       problem: the sizes; blocks: how to cut them.
@@ -154,11 +154,8 @@ class Walk:
     def run(self) -> list[Array]:
         """The outputs, in operand form."""
         buffers = [jnp.zeros(o.shape, o.dtype) for o in self.outputs]
-        count = math.prod(self.chunks)
-        if count == 0 or min(self.lengths.values()) == 0:
-            return buffers
         self.visits = _Visits(self.kinds, self)
-        return _loop(count, self._chunk, buffers)
+        return _loop(math.prod(self.chunks), self._chunk, buffers)
 
     def _chunk(self, number: Any, buffers: list[Array]) -> list[Array]:
         """One chunk of lanes: slices what is small, walks the query blocks, adds the parts that belong to keys."""

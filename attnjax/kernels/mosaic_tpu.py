@@ -20,7 +20,7 @@ from jax import lax
 from attnjax.core.mosaic import LANES, Here, Loaded, Loop, column, wide
 from attnjax.core.program import Problem
 from attnjax.core.residual import NotSplittable
-from attnjax.core.softmax import Rows, finite, inverse, row_delta, sink_gradient
+from attnjax.core.softmax import Rows, finite, inverse, row_delta, settled, sink_gradient
 from attnjax.core.split import PairTile, Split, summed, widened
 from attnjax.core.steps import MOST_BLOCKS, steps
 from attnjax.core.tables import tuned
@@ -29,7 +29,6 @@ from attnjax.tuning import Blocks
 Array = jax.Array
 
 PARTS = ("forward", "backward")
-_LOWEST = -0.7 * float(np.finfo(np.float32).max)  # a maximum of nothing: finite, so that it can be subtracted
 _LOG2E = math.log2(math.e)
 _MOST_SIZE = 256  # of heads
 _MOST_SCALARS = 2**19  # bytes of scalar memory, of about 1 MiB
@@ -74,8 +73,6 @@ def unsupported(problem: Problem, operands: list[Any], platform: str, part: str)
         return f"takes float32 and bfloat16, not {problem.dtype}"
     if max(problem.head_size, problem.value_size) > _MOST_SIZE:
         return f"takes head sizes up to {_MOST_SIZE}"
-    if not _pairs(problem):
-        return None
     block_q, block_k = _tiles(problem, part)
     if not (config and config.interpret) and (block_q % LANES or block_k % LANES):
         return f"block_map has blocks of {block_q} x {block_k}: those of TPUs are multiples of {LANES}"
@@ -136,14 +133,7 @@ def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
 
 def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
     """The output, and highest and total of the softmax, all in operand form."""
-    program, sizes = problem.program, problem.sizes
-    out_shape, row_shape = problem.out_shapes()
-    if not _pairs(problem):
-        rows = Rows(jnp.zeros(out_shape, problem.dtype), jnp.full(row_shape, -jnp.inf), jnp.zeros(row_shape))
-        if program.sinks and math.prod(row_shape):
-            sinks = operands[3].astype(jnp.float32)[..., None, :]
-            rows = rows._replace(highest=jnp.broadcast_to(sinks, row_shape), total=jnp.ones(row_shape))
-        return rows
+    sizes = problem.sizes
     tiles = _tiles(problem, "forward")
     split = Split(problem, operands)
     shape = lambda *last: (math.prod(sizes.batch), sizes.heads, *last)
@@ -168,8 +158,8 @@ def _forward(here: Here, q: Any, k: Any, v: Any, out: Any, softmax: Any, summed:
     def _() -> None:
         summed[...] = jnp.zeros_like(summed)
         sink = jnp.full(top.shape, -jnp.inf if sinks is None else here.scalar(sinks), jnp.float32)
-        top[...] = jnp.maximum(sink, _LOWEST)
-        total[...] = jnp.exp(sink - top[...])
+        top[...] = sink
+        total[...] = jnp.exp(sink - finite(sink))
 
     @here.visit
     def _(pairs: PairTile, masked: bool) -> None:
@@ -177,8 +167,9 @@ def _forward(here: Here, q: Any, k: Any, v: Any, out: Any, softmax: Any, summed:
         logits = tile.logits(q[...], k[...])
         before = top[...]
         highest = jnp.maximum(before, logits.max(1, keepdims=True))
-        weights = _exp(logits - wide(highest, logits.shape[1]), factor)
-        shrink = _exp(before - highest, factor)
+        safe = finite(highest)
+        weights = _exp(logits - wide(safe, logits.shape[1]), factor)
+        shrink = _exp(before - safe, factor)
         top[...] = highest
         total[...] = shrink * total[...] + weights.sum(1, keepdims=True)
         values = tile.seen(v[...], weights)
@@ -190,9 +181,8 @@ def _forward(here: Here, q: Any, k: Any, v: Any, out: Any, softmax: Any, summed:
         empty = total[...] == 0
         divisor = jnp.where(empty, 1.0, total[...])
         out[...] = (summed[...] / wide(divisor, summed.shape[1])).astype(out.dtype)
-        highest = jnp.where(empty, -jnp.inf, top[...] * factor)
         lane = lax.broadcasted_iota(jnp.int32, top.shape, 1)
-        softmax[...] = jnp.where(lane == 0, highest, total[...]).T[:2]
+        softmax[...] = jnp.where(lane == 0, top[...] * factor, total[...]).T[:2]
 
 
 def backward(
@@ -210,9 +200,7 @@ def backward(
     if program.sinks and 3 in shapes:
         made[3] = sink_gradient(operands[3], rows, delta, shapes[3])
     inner = [i for i in shapes if i not in made]
-    if not _pairs(problem):
-        made |= {i: jnp.zeros(shapes[i], jnp.float32) for i in inner}
-    elif inner:
+    if inner:
         made |= _Backward(problem, operands, rows, delta, ct_out, {i: shapes[i] for i in inner}).made
     return [made[i] for i, _ in wanted]
 
@@ -406,7 +394,12 @@ class _Tile:
 
     def logits(self, q: Array, k: Array) -> Array:
         """The logits, -inf where the query does not see the key."""
-        return self._hidden(self.pairs.modify(self._raw(q, k)), -jnp.inf)
+        return self._hidden(self._modified(self._raw(q, k)), -jnp.inf)
+
+    def _modified(self, raw: Array) -> Array:
+        """The logits after scores. A TPU does not contract products and differences; XLA does where it interprets."""
+        logits, config = self.pairs.modify(raw), self.loop.problem.config or Config()
+        return settled(logits) if config.interpret else logits
 
     def seen(self, rows: Array, weights: Array) -> Array:
         """Rows [lanes of the tile, *], 0 where they have no weight in a masked tile: they may hold NaN."""
@@ -420,18 +413,13 @@ class _Tile:
     ) -> tuple[Array, Array, list[Array]]:
         """The weights, and the cotangents of the raw logits and of the pieces that are wanted."""
         raw = self._raw(q, k)
-        weights = self._hidden(_exp(self.pairs.modify(raw) - top, self.factor))
+        weights = self._hidden(_exp(self._modified(raw) - top, self.factor))
         d_weights = _dot(v, ct_out, 1, 1) if self.loop.flipped else _dot(ct_out, v, 1, 1)
         d_logits = self._hidden(weights * (self.pairs.drop(d_weights) - delta))
         if not self.program.scores:
             return weights, d_logits, []
         d_raw, d_values = self.pairs.pull(raw, d_logits, self.loop.wanted)
         return weights, self._hidden(d_raw), [self._hidden(d) for d in d_values]
-
-
-def _pairs(problem: Problem) -> int:
-    """Of batch entries, queries and keys."""
-    return math.prod((*problem.sizes.batch, problem.sizes.query_length, problem.sizes.key_length))
 
 
 def _asked(problem: Problem, part: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attnjax.core.program import Problem
-from attnjax.core.softmax import Rows, add_sinks, finite, inverse, log_sum_exp
+from attnjax.core.softmax import Rows, finite, inverse, log_sum_exp, settled
 from attnjax.core.tiles import Tile, from_tile_form, tile_form
 from attnjax.core.walk import push
 
@@ -38,8 +38,6 @@ def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
 def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
     """The output, and highest and total of the softmax, all in operand form."""
     program, sizes, n = problem.program, problem.sizes, len(problem.sizes.batch)
-    if sizes.key_length == 0 or sizes.query_length == 0:
-        return _nothing(problem, operands)
     parts = [tile_form(x, axes, n, sizes.group) for x, axes in zip(operands, program.axes, strict=False)]
     parts = [x.astype(problem.accumulate) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in parts]
     spans = (0, sizes.key_heads), (0, sizes.query_length), (0, sizes.key_length)
@@ -52,8 +50,9 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
         query = jnp.where(seen.any(-1)[..., None], query, 0)
         unseen = ~seen.any((-3, -2))[..., None]
         key, value = jnp.where(unseen, 0, key), jnp.where(unseen, 0, value)
-    logits = program.scale * jnp.einsum("...kgth,...ksh->...kgts", query, key, precision=jax.lax.Precision.HIGHEST)
-    logits = program.modify(logits, tile, [parts[i] for i in program.score_positions()])
+    query = query * program.scale
+    logits = jnp.einsum("...kgth,...ksh->...kgts", query, key, precision=jax.lax.Precision.HIGHEST)
+    logits = settled(program.modify(logits, tile, [parts[i] for i in program.score_positions()]))
     logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
     highest = logits.max(-1)
     if program.sinks:
@@ -109,12 +108,3 @@ def _with(operands: list[Array], positions: tuple[int, ...], values: Any) -> lis
     for i, value in zip(positions, values, strict=True):
         operands[i] = value
     return operands
-
-
-def _nothing(problem: Problem, operands: list[Array]) -> Rows:
-    """No keys at all: every row sees nothing (but its sink)."""
-    out_shape, shape = problem.out_shapes()
-    highest, total = jnp.full(shape, -jnp.inf, problem.accumulate), jnp.zeros(shape, problem.accumulate)
-    rows = Rows(jnp.zeros(out_shape, problem.dtype), highest, total)
-    sinks = problem.program.sinks_of(operands)
-    return rows if sinks is None else add_sinks(rows, sinks[..., None, :].astype(problem.accumulate))

@@ -159,10 +159,6 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
     """The output, and highest and total of the softmax, all in operand form."""
     out_shape, row_shape = problem.out_shapes()
     sinks = problem.program.sinks_of(operands)
-    if not math.prod((*out_shape, problem.sizes.key_length)):  # no pairs
-        zeros = jnp.zeros(row_shape, problem.accumulate)
-        rows = Rows(jnp.zeros(out_shape, problem.dtype), zeros - jnp.inf, zeros)
-        return rows if sinks is None else add_sinks(rows, sinks[..., None, :].astype(problem.accumulate))
     call = _Call(problem, operands, "forward")
     splits = call.splits
     kept = problem.dtype if splits == 1 else problem.accumulate
@@ -196,9 +192,6 @@ def backward(
     made = {}
     if program.sinks and 3 in shapes:
         made[3] = sink_gradient(operands[3], rows, delta, shapes[3])
-    if not math.prod((*problem.out_shapes()[0], problem.sizes.key_length)):  # no pairs
-        made = {i: jnp.zeros(shape, problem.accumulate) for i, shape in wanted} | made
-        return [made[i] for i, _ in wanted]
     scores = {i: shape for i, shape in shapes.items() if i in program.score_positions()}
     call = _Call(problem, widened(operands, scores, len(problem.sizes.batch)), "backward")
     call.take_rows(rows, delta, ct_out)

@@ -21,7 +21,9 @@ from attnjax.core.softmax import (
     first_max,
     inverse,
     merge_max,
+    no_rows,
     row_delta,
+    settled,
     sink_gradient,
     sink_weight,
 )
@@ -84,6 +86,9 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
     """The output, and highest and total of the softmax, all in operand form."""
     program, accumulate = problem.program, problem.accumulate
     out_shape, row_shape = problem.out_shapes()
+    sinks = program.sinks_of(operands)
+    if not problem.pairs:
+        return no_rows(out_shape, problem.dtype, accumulate, None if sinks is None else sinks[..., None, :])
 
     def start(tile: tuple[int, ...]) -> tuple[Array, Array, Array]:
         zeros = jnp.zeros((*tile[:-1], problem.value_size), accumulate)
@@ -108,7 +113,6 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
 
     blocks = choose_blocks(problem, platform)
     kinds = problem.kinds(operands, blocks.block_q, blocks.block_k)
-    sinks = program.sinks_of(operands)
     kept = jnp.dtype(problem.dtype) if sinks is None else accumulate
     outputs = [Output("th.", out_shape, kept), *[Output("th", row_shape, accumulate)] * 2]
     made = Walk(
@@ -125,8 +129,6 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
         overwrite=True,
     ).run()
     rows = Rows(*made)
-    if not problem.sizes.key_length:
-        rows = rows._replace(highest=jnp.full_like(rows.highest, -jnp.inf))
     if sinks is not None:
         rows = add_sinks(rows, sinks[..., None, :].astype(accumulate))
     return rows._replace(out=rows.out.astype(problem.dtype))
@@ -321,7 +323,8 @@ class _View:
         self.leaves = [own[i] for i in program.score_positions()]
         if program.scores:  # their derivatives must stay finite where nothing is seen
             self.raw = self.masked(self.raw)
-        self.logits = self.masked(program.modify(self.raw, visit.tile, self.leaves), -jnp.inf)
+        modified = program.modify(self.raw, visit.tile, self.leaves)
+        self.logits = self.masked(settled(modified) if program.scores else modified, -jnp.inf)
 
     def masked(self, pairs: Array, hidden: float = 0.0) -> Array:
         """Pairs [..., K, G, t, s], `hidden` where the query does not see the key."""
