@@ -4,6 +4,7 @@
 #
 #   make bench ARGS="--list"                      arguments for the command behind a target
 #   make bench PEERS=1                            install the peers too (torch or tokamax: large), then compare
+#   make fuzz MINUTES=10 SEED=3                   other random programs, for longer
 #   make test PYTHON=python3.12 VENV=.venv-3.12   another interpreter, another environment
 #   make test CONSTRAINTS=constraints/floor.txt VENV=.venv-floor     the oldest supported versions
 #   make test-gpu PEERS=1 CASES='gpu-causal*'     on an NVIDIA GPU: the tests, and some of the cases beside all peers
@@ -18,6 +19,8 @@ CONSTRAINTS ?=
 ARGS ?=
 PEERS ?=
 WORKERS ?= 2
+MINUTES ?= 1
+SEED ?= 0
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-
@@ -28,7 +31,7 @@ CPP := $(wildcard $(NATIVE)/*.h $(NATIVE)/*.cc tests/native/*.h tests/native/*.c
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench test test-aot test-gpu sanitize lint format typecheck docs clean distclean
+.PHONY: help bench test fuzz test-aot test-gpu sanitize lint format typecheck docs clean distclean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -38,6 +41,9 @@ bench: $(STAMP)bench $(if $(PEERS),$(STAMP)peers)  ## compare attention on this 
 
 test: $(STAMP)dev  ## run the tests and the examples in the docstrings
 	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules tests attnjax $(ARGS)
+
+fuzz: $(STAMP)dev  ## run random programs and compare with a formula in NumPy
+	cd tests && $(abspath $(BIN))/python -m fuzz --minutes $(MINUTES) --seed $(SEED) $(ARGS)
 
 test-aot: $(AOT)/.installed-aot  ## compile for GPUs and TPUs that are not here; 2 GB of wheels
 	$(AOT)/bin/python -m pytest -n $(WORKERS) --dist loadgroup tests/aot $(ARGS)
