@@ -8,25 +8,37 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, overload
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 from flax import nnx
 
 from attnjax.core.checks import check_count
-from attnjax.core.node import is_array
-
-_FORMAT = 1
+from attnjax.models import folders
+from attnjax.models.variables import Facts, Leaf, Match, Source, leaves_of, matched, updated, wanted_dtype
 
 # Of a config: what changes no result outside of training, and what the shapes of arrays tell.
 _FREE = ("dropout", "attention_dropout", "scan", "remat", "dtype", "implementation", "max_length")
 _IN_SHAPES = ("param_dtype", "hidden", "head_size", "key_heads", "out_bias")
 _UNTOLD = object()
+
+_BATCH = 2**30  # bytes that are read at a time: what is cast, or taken apart, is held twice for so long only
+
+
+class Parts(NamedTuple):
+    """What `restore(strict=False)` did: names such as "model/encoder/embed/tokens/embedding".
+
+    Attributes:
+      step: of the checkpoint.
+      missing: what the model has and the checkpoint has not; it is as it was.
+      left: what the checkpoint has and the model has not.
+    """
+
+    step: int
+    missing: tuple[str, ...]
+    left: tuple[str, ...]
 
 
 def save(
@@ -37,20 +49,22 @@ def save(
     step: int,
     extras: dict[str, Any] | None = None,
     keep: int | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Writes `directory/<step>`: every variable of model and optimizer, random states included, with check sums.
 
     Args:
-      directory: where checkpoints lie; made when missing.
+      directory: where checkpoints lie; made when missing. What else is in it stays as it is.
       model: any module.
       optimizer: its optimizer, when training is to go on.
       step: integer >= 0, the steps done so far.
       extras: whatever else is needed to go on, such as the position in the data; JSON values.
-      keep: how many checkpoints to keep, the latest ones; default all.
+      keep: how many checkpoints to keep, those of the highest steps and the one written now; default all.
+      overwrite: replace a checkpoint of that step. Until the new one is complete, the old one is there.
 
     Raises:
       FileExistsError: the directory holds that step.
-      TypeError, ValueError: step or extras are not what they should be.
+      TypeError, ValueError: arguments are not what they should be.
 
     Example:
       >>> import tempfile
@@ -64,23 +78,49 @@ def save(
     check_count("step", step, least=0)
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
         raise ValueError(f"keep must be an integer of at least 1 or None, got {keep!r}.")
-    step, path = int(step), _path(directory)
-    if step in _steps(path):
-        raise FileExistsError(f"{path} holds step {step} already: remove {path / str(step)} or save elsewhere.")
-    values = _values(model, optimizer)
-    arrays = {name: _stored(value) for name, value in values.items()}
-    about: dict[str, Any] = {"format": _FORMAT, "step": step}
-    about["model"] = _described(model)
-    about["arrays"] = {name: _facts(value, arrays[name]) for name, value in values.items()}
+    step, path = int(step), folders.directory_of(directory)
+    leaves = _leaves(model, optimizer)
+    for name, leaf in leaves.items():
+        if leaf.abstract:
+            raise TypeError(f"{name} is only a shape, as nnx.eval_shape makes it: there is nothing to save.")
     try:
-        about["extras"] = json.loads(json.dumps(extras or {}))
+        extras = json.loads(json.dumps(extras or {}))
     except (TypeError, ValueError) as error:
         raise TypeError(f"extras must be JSON values (numbers, strings, lists, dictionaries): {error}.") from error
-    about["crc32"] = _json_sum(about)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
-    with ocp.CheckpointManager(path, options=options) as manager:
-        items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
-        manager.save(step, args=items, force=True)
+    folders.check_free(path, step, overwrite)
+    facts = {name: leaf.facts() for name, leaf in leaves.items()}
+    arrays = {name: leaf.data() for name, leaf in leaves.items() if _is_written(facts[name])}
+    for name, array in arrays.items():
+        facts[name]["crc32"] = folders.check_sum(array)
+    folders.write(path, step, {"model": _described(model), "arrays": facts, "extras": extras}, arrays)
+    if keep is not None:
+        folders.keep_highest(path, keep, step)
+
+
+@overload
+def restore(
+    directory: Any,
+    model: nnx.Module,
+    optimizer: nnx.Optimizer | None = ...,
+    *,
+    step: int | None = ...,
+    dtype: Any = ...,
+    strict: Literal[True] = ...,
+    same_config: bool = ...,
+) -> int: ...
+
+
+@overload
+def restore(
+    directory: Any,
+    model: nnx.Module,
+    optimizer: nnx.Optimizer | None = ...,
+    *,
+    step: int | None = ...,
+    dtype: Any = ...,
+    strict: Literal[False],
+    same_config: bool = ...,
+) -> Parts: ...
 
 
 def restore(
@@ -89,26 +129,37 @@ def restore(
     optimizer: nnx.Optimizer | None = None,
     *,
     step: int | None = None,
+    dtype: Any = None,
+    strict: bool = True,
     same_config: bool = True,
-) -> int:
+) -> int | Parts:
     """Reads a checkpoint into `model` and `optimizer`, all of it or, when anything is wrong, nothing.
 
     Arrays take the sharding of those that they replace. There is no falling back: an empty directory is an error
     (ask `latest` first), and so is a damaged checkpoint, also where older ones are intact.
 
+    Layers may be stored in one array and wanted in many, or the other way round (`Stack(scan=)`). Streams of random
+    numbers that only one side has, or that are of another PRNG, stay as they are.
+
     Args:
       directory: where checkpoints lie.
-      model: a module of the same structure, its variables of the same shapes and types.
+      model: a module of the same structure, its variables of the same shapes and types. One made by
+        `nnx.eval_shape(make)` holds no memory yet; its arrays come where its shapes' shardings say, or else where
+        they would be made by `jax.set_mesh` and `nnx.logical_axis_rules`.
       optimizer: the optimizer, when one was saved and training is to go on.
       step: which checkpoint; default the latest.
+      dtype: of the model's floats, whatever was stored and whatever the model has; those of the optimizer become what
+        the optimizer has. Default: types must be the same.
+      strict: model and checkpoint hold the same. False takes what both hold in the same shape.
       same_config: refuse a model of another class, or whose config says that it computes something else. False loads
         arrays wherever they fit, as for RoPE with a new scaling.
 
     Returns:
-      The step, an integer.
+      The step, an integer; with strict=False `Parts`, which also names what was missing and what was left.
 
     Raises:
       FileNotFoundError: there is no checkpoint, or not that one.
+      TypeError: no modules.
       ValueError: the checkpoint is damaged, or of another model.
 
     Example:
@@ -119,27 +170,26 @@ def restore(
       >>> checkpoint.save(directory, model, step=10)
       >>> checkpoint.restore(directory, model)
       10
+      >>> checkpoint.restore(directory, nnx.Linear(2, 3, use_bias=False, rngs=nnx.Rngs(0)), strict=False)
+      Parts(step=10, missing=(), left=('model/bias',))
     """
-    path = _chosen(directory, step)
-    about = _about(path)
-    values = _values(model, optimizer)
-    wanted = {name: _facts(value) for name, value in values.items()}
-    stored = about["arrays"]
+    leaves = _leaves(model, optimizer)
+    folder = folders.folder_of(folders.directory_of(directory), step)
+    about = folders.read_about(folder)
+    stored: dict[str, Facts] = about["arrays"]
     if optimizer is None:  # loading a model for use: what the optimizer held is not needed
         stored = {name: facts for name, facts in stored.items() if not name.startswith("optimizer/")}
-    _check_same(path, wanted, stored)
+    match = matched(leaves, stored, dtype)
+    missing = sorted([*match.missing, *(match.shapes.keys() & leaves.keys())])
+    left = sorted([*match.left, *(name for _, names in match.shapes.values() for name in names)])
+    _check_match(folder, match, missing, leaves, strict)
     if same_config:
-        _check_described(path, _described(model), about.get("model", {}))
-    arrays = _load(path, {name: _stored(value) for name, value in values.items()}, list(about["arrays"]))
-    for name, value in arrays.items():
-        checksum = about["arrays"][name].get("crc32")
-        if checksum is not None and checksum != _facts(value, value)["crc32"]:
-            raise ValueError(f"{path} is damaged: the check sum of {name} is wrong. Nothing was loaded.")
-    fresh = {name: _restored(values[name], arrays[name]) for name in values}
-    _update("model", model, fresh)
-    if optimizer is not None:
-        _update("optimizer", optimizer, fresh)
-    return int(about["step"])
+        _check_described(folder, _described(model), about.get("model", {}), strict)
+    fresh = _read(folder, leaves, match.sources, about["arrays"], dtype)
+    states = [(module, updated(part, module, fresh)) for part, module in _parts(model, optimizer).items()]
+    for module, state in states:
+        nnx.update(module, state)
+    return int(about["step"]) if strict else Parts(int(about["step"]), tuple(missing), tuple(left))
 
 
 def latest(directory: Any) -> int | None:
@@ -150,7 +200,7 @@ def latest(directory: Any) -> int | None:
       >>> checkpoint.latest("/tmp/no/such/directory") is None
       True
     """
-    return max(_steps(_path(directory)), default=None)
+    return max(folders.folders(folders.directory_of(directory)), default=None)
 
 
 def extras(directory: Any, *, step: int | None = None) -> dict[str, Any]:
@@ -169,102 +219,46 @@ def extras(directory: Any, *, step: int | None = None) -> dict[str, Any]:
       >>> checkpoint.extras(directory)
       {'epoch': 3}
     """
-    return _about(_chosen(directory, step))["extras"]
+    return folders.read_about(folders.folder_of(folders.directory_of(directory), step))["extras"]
 
 
-def _path(directory: Any) -> epath.Path:
-    return epath.Path(directory).expanduser().resolve()
-
-
-def _steps(path: epath.Path) -> list[int]:
-    """Steps with a folder. One that was not written to its end has another kind of name."""
-    return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal()) if path.exists() else []
-
-
-def _chosen(directory: Any, step: int | None) -> epath.Path:
-    path = _path(directory)
-    steps = _steps(path)
-    if not steps:
-        raise FileNotFoundError(
-            f"there is no checkpoint in {path}: nothing to resume from. To start anew where there is none, ask "
-            "attnjax.models.checkpoint.latest(directory) first, which is None then."
-        )
-    if step is not None and step not in steps:
-        raise FileNotFoundError(f"there is no step {step} in {path}: it holds {', '.join(map(str, steps))}.")
-    return path / str(steps[-1] if step is None else step)
-
-
-def _values(model: nnx.Module, optimizer: nnx.Optimizer | None) -> dict[str, Any]:
-    """Every variable's value by name, such as model/stack/blocks/0/attention/query/kernel."""
+def _parts(model: Any, optimizer: Any) -> dict[str, Any]:
     parts = {"model": model} if optimizer is None else {"model": model, "optimizer": optimizer}
-    return {
-        _name(part, path): variable.get_value()
-        for part, module in parts.items()
-        for path, variable in _variables(module)
-    }
+    for part, module in parts.items():
+        if not isinstance(module, nnx.Pytree):
+            hint = "nnx.Optimizer(model, ..., wrt=nnx.Param), which holds the state of optax" if part != "model" else ""
+            raise TypeError(f"{part} must be {hint or 'an nnx.Module'}, got {type(module).__name__}.")
+    return parts
 
 
-def _variables(module: Any) -> list[tuple[Any, Any]]:
-    """Path and variable of all that hold an array: of an optimizer that is masked, some hold nothing."""
-    return [(path, v) for path, v in nnx.to_flat_state(nnx.state(module)) if is_array(v.get_value())]
+def _leaves(model: Any, optimizer: Any) -> dict[str, Leaf]:
+    """Everything that they hold, by name."""
+    found: dict[str, Leaf] = {}
+    for part, module in _parts(model, optimizer).items():
+        found |= leaves_of(part, module)
+    return found
 
 
-def _name(part: str, path: tuple[Any, ...]) -> str:
-    return "/".join((part, *map(str, path)))
+def _is_written(facts: Facts) -> bool:
+    """Whether orbax holds it: numbers, and arrays of size 0, are in the description alone."""
+    return "shape" in facts and 0 not in facts["shape"]
 
 
-def _is_key(value: Any) -> bool:
-    return jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-
-
-def _stored(value: Any) -> jax.Array:
-    """What is written: arrays as they are, PRNG keys as their integers."""
-    return jax.random.key_data(value) if _is_key(value) else jnp.asarray(value)
-
-
-def _restored(old: Any, data: jax.Array) -> jax.Array:
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(old)) if _is_key(old) else data
-
-
-def _facts(value: Any, data: jax.Array | None = None) -> dict[str, Any]:
-    """Shape and type; of data also a check sum, unless part of it lies on other hosts."""
-    facts = {"shape": list(value.shape), "dtype": str(value.dtype)}
-    if data is not None and data.is_fully_addressable:
-        facts["crc32"] = zlib.crc32(np.ascontiguousarray(np.asarray(data)).reshape(-1).view(np.uint8).data)
-    return facts
-
-
-def _json_sum(about: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(about, sort_keys=True).encode())
-
-
-def _about(path: epath.Path) -> dict[str, Any]:
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            about = reader.restore(path / "about")
-        checksum = about.pop("crc32")
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or no checkpoint of attnjax: {_first_line(error)}") from error
-    if checksum != _json_sum(about):
-        raise ValueError(f"{path} is damaged: the check sum of its description is wrong.")
-    if about["format"] != _FORMAT:
-        raise ValueError(f"{path} has format {about['format']}, this attnjax reads {_FORMAT}: update attnjax.")
-    return about
-
-
-def _check_same(path: epath.Path, wanted: dict[str, Any], stored: dict[str, Any]) -> None:
-    """Names, shapes and types are those of the model, or a ValueError that names the first few that are not."""
-    wrong = [f"{name} is missing in the checkpoint" for name in wanted if name not in stored]
-    wrong += [f"{name} is not in the model" for name in stored if name not in wanted]
-    for name in wanted.keys() & stored.keys():
-        (have, want) = ({k: facts[k] for k in ("shape", "dtype")} for facts in (stored[name], wanted[name]))
-        if have != want:
-            wrong.append(f"{name} is {have['dtype']}{have['shape']}, the model has {want['dtype']}{want['shape']}")
+def _check_match(folder: Any, match: Match, missing: list[str], leaves: dict[str, Leaf], strict: bool) -> None:
+    """Everything fits, or a ValueError that names the first few that do not."""
+    wrong = list(match.types.values())
+    if strict:
+        wrong += [text for text, _ in match.shapes.values()]
+        wrong += [f"{name} is missing in the checkpoint" for name in match.missing]
+        wrong += [f"{name} is not in the model" for name in match.left]
+    else:
+        wrong += [f"{name} is missing, and the model has only its shape" for name in missing if leaves[name].abstract]
+        wrong += [] if match.sources else ["they have nothing in common"]
     if wrong:
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError(
-            f"{path} is of another model or optimizer: {'; '.join(sorted(wrong)[:4])}{more}. Nothing was loaded."
-        )
+        hint = "" if not strict or match.types else " strict=False takes what both hold."
+        says = f"{'; '.join(sorted(wrong)[:4])}{more}. Nothing was loaded.{hint}"
+        raise ValueError(f"{folder} is of another model or optimizer: {says}")
 
 
 def _described(model: nnx.Module) -> dict[str, dict[str, Any]]:
@@ -291,47 +285,61 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else _UNTOLD
 
 
-def _check_described(path: epath.Path, wanted: dict[str, dict[str, Any]], stored: dict[str, dict[str, Any]]) -> None:
+def _check_described(
+    folder: Any, wanted: dict[str, dict[str, Any]], stored: dict[str, dict[str, Any]], strict: bool
+) -> None:
     """The same class and configs, as far as both tell, or a ValueError that names what differs."""
     wrong = [
         f"{'/'.join(filter(None, (part, field)))} is {had!r}, the model has {wanted[part][field]!r}"
         for part, fields in stored.items()
         for field, had in fields.items()
-        if wanted.get(part, {}).get(field, had) != had
+        if wanted.get(part, {}).get(field, had) != had and (strict or (part, field) != ("", "class"))
     ]
     if wrong:
         raise ValueError(
-            f"{path} is of another model, though its arrays have the same shapes: {'; '.join(wrong)}. Nothing was "
+            f"{folder} is of another model, though its arrays have the same shapes: {'; '.join(wrong)}. Nothing was "
             "loaded; same_config=False loads them all the same."
         )
 
 
-def _load(path: epath.Path, like: dict[str, jax.Array], names: list[str]) -> dict[str, jax.Array]:
-    """The arrays named in `like`, with its shapes and shardings."""
-    target: dict[str, Any] = {n: ocp.PLACEHOLDER for n in names}
-    target |= {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in like.items()}
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            arguments = ocp.checkpoint_utils.construct_restore_args(
-                {n: t for n, t in target.items() if t is not ocp.PLACEHOLDER}
-            )
-            loaded = reader.restore(
-                path / "arrays",
-                args=ocp.args.PyTreeRestore(
-                    item=target, restore_args={n: arguments.get(n, ocp.RestoreArgs()) for n in target}
-                ),
-            )
-        loaded = {name: jax.block_until_ready(loaded[name]) for name in like}
-    except Exception as error:
-        raise ValueError(f"{path} is damaged: {_first_line(error)} Nothing was loaded.") from error
-    return loaded
+def _read(
+    folder: Any, leaves: dict[str, Leaf], sources: dict[str, Source], stored: dict[str, Facts], dtype: Any
+) -> dict[str, Any]:
+    """The new value of each leaf, checked."""
+    fresh: dict[str, Any] = {}
+    for name, source in sources.items():
+        facts, leaf = source.facts(stored), leaves[name]
+        if "value" in facts:
+            fresh[name] = facts["value"] if leaf.plain else leaf.placed(jnp.asarray(facts["value"], leaf.value.dtype))
+        elif 0 in facts["shape"]:
+            fresh[name] = leaf.placed(np.zeros(facts["shape"], wanted_dtype(name, leaf, dtype)))
+    kept = [name for name, facts in stored.items() if _is_written(facts)]
+    for batch in _batches(leaves, {n: s for n, s in sources.items() if n not in fresh}, stored):
+        like: dict[str, Any] = {}
+        for name, source in batch:
+            like |= source.like(leaves[name], stored)
+        read = folders.read_arrays(folder, like, kept)
+        for name, array in read.items():
+            if stored[name].get("crc32") not in (None, folders.check_sum(array)):
+                raise ValueError(f"{folder} is damaged: the check sum of {name} is wrong. Nothing was loaded.")
+        for name, source in batch:
+            fresh[name] = source.build(leaves[name], read, wanted_dtype(name, leaves[name], dtype))
+    return fresh
 
 
-def _update(part: str, module: Any, fresh: dict[str, jax.Array]) -> None:
-    state = [(path, variable.replace(fresh[_name(part, path)])) for path, variable in _variables(module)]
-    nnx.update(module, nnx.from_flat_state(state))
-
-
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [""])[0][:200]
-    return f"{type(error).__name__}: {text.rstrip('.')}."
+def _batches(
+    leaves: dict[str, Leaf], sources: dict[str, Source], stored: dict[str, Facts]
+) -> Iterator[list[tuple[str, Source]]]:
+    """Leaves that are read together; those that come from the same arrays always are."""
+    batch: list[tuple[str, Source]] = []
+    size = 0
+    order = sorted(sources.items(), key=lambda pair: pair[1].names)
+    for i, (name, source) in enumerate(order):
+        new = i == 0 or order[i - 1][1].names != source.names
+        if new and size > _BATCH:
+            yield batch
+            batch, size = [], 0
+        size += sum(x.size * x.dtype.itemsize for x in source.like(leaves[name], stored).values()) if new else 0
+        batch.append((name, source))
+    if batch:
+        yield batch
