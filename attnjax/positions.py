@@ -382,12 +382,12 @@ def relative_position_bucket(
     # rounded differently on another device cannot move a token into another bucket.
     exact = num_buckets // 2
     candidates = np.arange(exact, max(max_distance, exact) + 1)
-    share = np.log(candidates / exact) / np.log(max_distance / exact) if max_distance > exact else candidates * 0.0
+    share = np.log(candidates / exact) / np.log(max_distance / exact) if max_distance > exact else np.ones(1)
     bucket = exact + np.floor(share.astype(np.float32) * np.float32(num_buckets - exact)).astype(np.int64)
     bucket = np.minimum(bucket, num_buckets - 1)
     steps = np.zeros((1,), np.int32) if not len(candidates) else candidates[1:][np.diff(bucket) > 0]
     jumps = np.diff(bucket)[np.diff(bucket) > 0]
-    far = exact + sum(
+    far = int(bucket[0]) + sum(
         (int(jump) * (distance >= int(step)).astype(jnp.int32) for step, jump in zip(steps, jumps, strict=True)),
         jnp.zeros_like(distance),
     )

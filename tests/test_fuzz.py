@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import oracle
 import pytest
-
 from fuzz import tape
 from fuzz.oracle import Problem, Sizes, attend, derived, expected, order_of
 from fuzz.programs import drawn
@@ -59,7 +58,9 @@ def test_derivatives_are_limits_of_differences(draw, letters):
     c = [outs if "r" not in letters[:n] else [u[0][name] for name in sorted(x)] for n in range(len(letters))]
     before = derived(formula(), letters[:-1], u, c)
     near = [{n: a + sign * step * u[-1][n] for n, a in x.items()} for sign in (1, -1)]
-    for got, one, other in zip(run(derived(formula(), letters, u, c), x), *(run(before, at) for at in near), strict=True):
+    for got, one, other in zip(
+        run(derived(formula(), letters, u, c), x), *(run(before, at) for at in near), strict=True
+    ):
         with np.errstate(invalid="ignore"):
             want = np.where(np.isfinite(one), (one - other) / (2 * step), 0)
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6 * np.abs(want).max(initial=1))

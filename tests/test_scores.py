@@ -34,7 +34,7 @@ def test_alibi_slopes_of_eight_heads():
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(
-    "num_buckets, max_distance", [(32, 128), (8, 20), (16, 64), (64, 256), (12, 37), (2, 9), (4, 5)]
+    "num_buckets, max_distance", [(32, 128), (8, 20), (16, 64), (64, 256), (12, 37), (2, 9), (4, 5), (32, 16), (32, 8)]
 )
 def test_t5_buckets_are_the_papers(num_buckets, max_distance, bidirectional):
     if bidirectional and num_buckets < 4:

@@ -69,7 +69,7 @@ class Index:
         return np.broadcast_to(self.per(flat, axes), self.q.shape)
 
     def taken(self, x: Var, axes: str) -> Var:
-        return take(reshape(x, (-1,)) if x.value.size else x, self.places(x.shape, axes))
+        return take(reshape(x, (x.value.size,)), self.places(x.shape, axes))
 
 
 @dataclasses.dataclass(frozen=True)

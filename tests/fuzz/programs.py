@@ -30,7 +30,7 @@ from attnjax.kernels import mosaic_tpu, triton, xla
 {helpers}
 def faked(factor):  # x, with the derivative of factor * x
     same = jax.custom_jvp(lambda x: x)
-    same.defjvp(lambda x, t: (x[0], t[0] * factor))
+    same.defjvp(lambda x, t: (same(x[0]), t[0] * factor))
     return same
 
 def inputs(r):
