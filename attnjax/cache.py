@@ -145,7 +145,7 @@ class KVCache:
 
     def positions(self, count: int) -> Int[Array, "*B T"]:
         """Where the next `count` tokens stand in their rows: what positional embeddings want. int32 `[*B, count]`."""
-        return self.length[..., None] + np.arange(count, dtype=np.int32)
+        return self.length[..., None] + self._steps(count)
 
     def append(
         self, key: Float[Array, "*B T K H"], value: Float[Array, "*B T K V"], lengths: Int[Array, "*B"] | None = None
@@ -176,7 +176,7 @@ class KVCache:
         if self.window is not None:  # of the new ones, only the last have room
             slots = jnp.where(slots >= (length - self.capacity)[..., None], slots % self.capacity, self.capacity)
         if lengths is not None:
-            real = np.arange(count, dtype=np.int32) < added[..., None]
+            real = self._steps(count) < added[..., None]
             slots = jnp.where(real, slots, self.capacity)
         new: dict[str, Any] = {"length": length}
         if self.first is not None:
@@ -375,7 +375,7 @@ class KVCache:
             return *cache._floats(dtype), cache._places()
         own = self.positions(count)
         if lengths is not None:
-            own = jnp.where(np.arange(count, dtype=np.int32) < _counts(lengths)[..., None], own, _NOWHERE)
+            own = jnp.where(self._steps(count) < _counts(lengths)[..., None], own, _NOWHERE)
         held = self._floats(dtype)
         keys, values = (jnp.concatenate([x, new.astype(dtype)], -3) for x, new in zip(held, (key, value), strict=True))
         return keys, values, jnp.concatenate([self._places(), own], -1)
@@ -383,10 +383,13 @@ class KVCache:
     def _places(self, capacity: int | None = None) -> Int[Array, "*B S"]:
         """Where the token in each slot of a ring stands: the last one that fell there."""
         capacity = self.capacity if capacity is None else capacity
-        slots = np.arange(capacity, dtype=np.int32)
         last = self.length[..., None] - 1
-        places = last - (last - slots) % capacity
+        places = last - (last - self._steps(capacity)) % capacity
         return jnp.where(places >= 0, places, _NOWHERE)
+
+    def _steps(self, count: int) -> np.ndarray:
+        """0, 1, ... with an axis of size 1 for each batch axis: nothing is to gain axes by itself."""
+        return np.arange(count, dtype=np.int32).reshape(*(1,) * len(self.batch), count)
 
     def _floats(self, dtype: Any) -> tuple[Array, Array]:
         """What is stored, as floats."""

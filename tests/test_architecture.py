@@ -37,10 +37,10 @@ STEPS = [
     {"nn.attention", "nn.feed_forward", "nn.embeddings", "nn.stack", "nn.adapters"},
     {"nn.blocks"},
     {"nn"},
-    {"models.sampling", "models.folders", "models.variables", "models.checks", "models.layers"},
+    {"models.sampling", "models.processors", "models.prompts", "models.checks", "models.layers"}
+    | {"models.folders", "models.variables"},
     {"models.checkpoint"},
-    {"models.generate", "models.decoder", "models.encoder", "models.encoder_decoder", "models.vision"},
-    {"models.beam"},
+    {"models.generate", "models.beam", "models.decoder", "models.encoder", "models.encoder_decoder", "models.vision"},
     {"models"},
     {"bench"},
     {""},  # the door

@@ -326,11 +326,15 @@ def test_single_tokens_under_x64(batch):
             np.testing.assert_allclose(jnp.concatenate(outs, -3), want, rtol=0, atol=1e-6 if window is None else 0.05)
 
 
-def test_under_debug_nans():
+def test_under_strict_modes():
+    """equinox#308 (rank promotion), jax#37422 (false alarms of debug_nans)."""
     q, k, v = drawn(length=2)
-    with jax.debug_nans(True):
-        for window in (None, 3):
+    for window in (None, 3):
+        with jax.debug_nans(True):
             assert np.isfinite(create(window=window).attend(q, k, v)[0]).all()
+        with jax.numpy_rank_promotion("raise"):
+            cache = create(window=window, dtype=jnp.int8).append(k, v, lengths=jnp.array([2, 1, 0], jnp.int16))
+            assert cache.rollback(jnp.array([1, 1, 0])).grow(29).truncate(1).length.tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize(("window", "capacity"), [(None, T), (6, 10), (6, 23)], ids=["straight", "ring", "wide"])

@@ -15,7 +15,7 @@ from attnjax.models.encoder_decoder import Transformer as Transformer
 from attnjax.models.encoder_decoder import TransformerConfig as TransformerConfig
 from attnjax.models.generate import Generated as Generated
 from attnjax.models.generate import generate as generate
-from attnjax.models.generate import pad as pad
+from attnjax.models.prompts import pad as pad
 from attnjax.models.sampling import Sampling as Sampling
 from attnjax.models.vision import VisionConfig as VisionConfig
 from attnjax.models.vision import VisionTransformer as VisionTransformer

@@ -1,7 +1,8 @@
 """Generation: prompts in, tokens out, with a KV cache and one compiled step. Beam search is in `beam.py`.
 
-A model is what has `hidden(tokens, caches=, lengths=, memory=, deterministic=) -> (hidden, caches)`,
-`logits(hidden)`, `create_caches(batch, capacity, dtype=)`, `vocab_size` and `max_length` (`None`: no limit).
+A model is what has `hidden(tokens, caches=, lengths=, deterministic=) -> (hidden, caches)`, `logits(hidden)`,
+`create_caches(batch, capacity)`, `vocab_size` and `max_length` (`None`: no limit). Where `memory` is given, `hidden`
+takes it; where `cache_dtype` is given, `create_caches` takes `dtype`.
 """
 
 from __future__ import annotations
@@ -10,105 +11,89 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
-from attnjax.cache import checked_dtype
-from attnjax.core.checks import check_count
-from attnjax.models.sampling import Sampling, sample
+from attnjax.cache import KVCache
+from attnjax.models import prompts as door
+from attnjax.models.processors import Processor, as_processors, processed, without
+from attnjax.models.prompts import Frozen
+from attnjax.models.sampling import Sampling, drawn
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What was generated, without the prompts.
+    """What was generated, without the prompts. With `num_samples` there is an axis for them behind B.
 
     Attributes:
       tokens: int32 `[B, max_new_tokens]`; behind a row's end stands `pad_token`.
       lengths: int32 `[B]`, how many tokens a row has; a stop token counts.
       stopped: booleans `[B]`, true where a stop token ended the row.
+      log_probabilities: float32 `[B, max_new_tokens]`, of each token, given those before it, as the model has them:
+        before temperature, processors and other rules. 0 behind a row's end.
+      caches: with `return_caches`, those of the model, with prompts and tokens, one row for each of `tokens`.
     """
 
     tokens: Array
     lengths: Array
     stopped: Array
+    log_probabilities: Array
+    caches: Any = None
 
-    def lists(self) -> list[list[int]]:
-        """The tokens of each row as a list, without padding."""
+    def lists(self) -> list[Any]:
+        """The tokens of each row as a list, without padding; with `num_samples` a list of such lists for each row."""
         tokens, lengths = np.asarray(self.tokens), np.asarray(self.lengths)
-        return [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
+        rows = zip(tokens.reshape(-1, tokens.shape[-1]), lengths.reshape(-1), strict=True)
+        made = [row[:n].tolist() for row, n in rows]
+        count = 1 if lengths.ndim == 1 else lengths.shape[1]
+        return made if lengths.ndim == 1 else [made[i : i + count] for i in range(0, len(made), count)]
 
 
 class State(NamedTuple):
-    """What a step hands to the next."""
+    """What a step hands to the next. B counts samples."""
 
     caches: Any
     last: Array  # [B], the token to go in next
-    tokens: Array  # [B, max_new_tokens]
+    tokens: Array  # [B, L]
+    log_probabilities: Array  # [B, L]
     lengths: Array  # [B]
-    done: Array  # [B]
+    done: Array  # [B], true where a row has ended
+    failed: Array  # [B], true where it ended because no token was the likeliest
     step: Array  # []
-    seen: Array | None  # [B, vocab]
+    seen: Array | None  # [B, vocab], for the repetition penalty
+    waits: Array | None  # [B], whether `last` is a token that the caches do not hold; where caches are wanted
 
 
 class Rules(NamedTuple):
     """What is static in a run."""
 
-    sampling: Sampling
-    stop_tokens: tuple[int, ...]
-    pad_token: int
-    max_new_tokens: int
+    room: int  # L
     capacity: int
+    samples: int = 1
     cache_dtype: Any = None
+    keeps_caches: bool = False
 
 
-class Frozen:
-    """A model without its arrays, as a static argument that is hashed once and not at every step."""
+class Given(NamedTuple):
+    """What a run is given besides, all of it traced: other values are no other program."""
 
-    def __init__(self, model: nnx.Module) -> None:
-        graph, state = nnx.split(model)
-        self.leaves, tree = jax.tree.flatten(state)
-        self._key = (graph, tree)
-        self._hash = hash(self._key)
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Frozen) and self._key == other._key)
-
-    def model(self, leaves: list[Array]) -> Any:
-        graph, tree = self._key
-        return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-
-    def without_arrays(self) -> tuple[Frozen, list[Array]]:
-        leaves, self.leaves = self.leaves, []
-        return self, leaves
-
-
-def pad(prompts: Iterable[Iterable[int]], pad_token: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of different lengths as one array, padded at the right, and their lengths.
-
-    Example:
-      >>> from attnjax.models import pad
-      >>> tokens, lengths = pad([[5, 6, 7], [8]])
-      >>> tokens.tolist(), lengths.tolist()
-      ([[5, 6, 7], [8, 0, 0]], [3, 1])
-    """
-    rows = [list(prompt) for prompt in prompts]
-    tokens = np.full((len(rows), max(map(len, rows), default=0)), pad_token, np.int32)
-    for row, prompt in zip(tokens, rows, strict=True):
-        row[: len(prompt)] = prompt
-    return tokens, np.array([len(row) for row in rows], np.int32)
+    leaves: list[Array]
+    memory: Any
+    rng: Array | None
+    sampling: dict[str, Any]  # Sampling.numbers()
+    pad_token: Any = 0
+    stops: Any = ()  # [n]
+    least: Any = None  # min_new_tokens; None is 0
+    banned: Any = None  # [m]
+    processors: tuple[Any, ...] = ()
 
 
 def generate(
@@ -117,12 +102,19 @@ def generate(
     *,
     max_new_tokens: int,
     lengths: Any = None,
+    mask: Any = None,
     temperature: float = 0.0,
     sampling: Sampling | None = None,
+    num_samples: int | None = None,
     stop_tokens: Iterable[int] = (),
+    min_new_tokens: int = 0,
+    banned_tokens: Iterable[int] = (),
+    processors: Processor | Sequence[Processor] = (),
     pad_token: int = 0,
     rng: Array | None = None,
     memory: Any = None,
+    caches: Sequence[KVCache] | None = None,
+    return_caches: bool = False,
     capacity: int | None = None,
     cache_dtype: Any = None,
     on_token: Callable[[np.ndarray], Any] | None = None,
@@ -132,29 +124,44 @@ def generate(
 
     Compiled twice per shape: once for the prompts, once for a step, in which the cache is donated and so written in
     place. Without callback many steps are one call. The same rng gives the same tokens, with a callback or without.
+    Numbers such as temperature, top-p or max_new_tokens are arguments of the compiled programs: others compile nothing,
+    where `capacity` is fixed.
 
     Args:
       model: a `DecoderLM`; or a `Transformer`, with `memory=model.encode(source)` and start tokens as prompts.
       tokens: integers `[B, T]`, the prompts, padded at the right (see `pad`).
       max_new_tokens: the most tokens to generate for a row.
       lengths: integers `[B]`, the length of each prompt; default T.
+      mask: in place of lengths: booleans, or 0 and 1, `[B, T]`, true where a token is real. Padding may be at the left.
       temperature: 0 takes the most likely token, else tokens are drawn; short for `Sampling(temperature)`.
       sampling: all rules of drawing.
+      num_samples: n, continuations of each prompt, which is read once; results are then `[B, n, ...]`.
       stop_tokens: a row ends when it has generated one of them.
+      min_new_tokens: no row ends by a stop token before it has so many tokens.
+      banned_tokens: what is never generated.
+      processors: functions `(logits, tokens, step) -> logits` that are traced into the step, applied in order before
+        all other rules: float32 `[B, vocab]`; int32 `[B, L]`, what was generated so far, `pad_token` behind; int32
+        `[]`, how many tokens that is. B counts samples. Another function is compiled anew; arrays that change belong
+        into a `jax.tree_util.Partial(function, array)`.
       pad_token: what stands behind a row's end.
       rng: a PRNG key, for temperatures above 0.
       memory: what the decoder attends to besides its own tokens.
-      capacity: tokens that the cache has room for, default T + max_new_tokens. With a fixed one the compiled step
-        serves prompts of all lengths.
+      caches: what comes before the prompts, from a run with `return_caches` or a call of the model: `[B]` rows, or one
+        row that all prompts continue. They are copied, and grown where they are too small.
+      return_caches: give the caches back, with all that was read and generated; for the next turn of a chat.
+      capacity: tokens that the cache has room for, default what is needed. With a fixed one the compiled step serves
+        prompts of all lengths and any max_new_tokens.
       cache_dtype: what the cache stores, default the model's dtype; bfloat16 or int8 take less memory.
-      on_token: called on the host with the new tokens of each step in order, int32 `[B]`; -1 in rows that had ended.
+      on_token: called on the host with the new tokens of each step in order, int32 `[B]`, or `[B, n]` with samples; -1
+        in rows that had ended. Where it returns `True`, the run ends, and what there is is the result.
       progress: show a bar for long runs, when stderr is a terminal and rich is installed.
 
     Returns:
-      `Generated`: tokens, lengths, stopped.
+      `Generated`: tokens, lengths, stopped, log_probabilities, caches.
 
     Raises:
-      TypeError, ValueError: arguments that do not fit.
+      TypeError, ValueError: arguments that do not fit; a call inside `jax.jit` and the like.
+      FloatingPointError: no token is the likeliest, for logits are NaN or infinite, or all are banned.
 
     Example:
       >>> import jax
@@ -166,112 +173,196 @@ def generate(
       >>> made.tokens.shape
       (1, 5)
     """
-    _check_model(model, memory)
-    sampling = _sampling(temperature, sampling, rng)
-    tokens, lengths = check_prompts(tokens, lengths, model.vocab_size)
-    check_count("max_new_tokens", max_new_tokens)
-    capacity = check_room(model, tokens.shape[1], max_new_tokens, capacity)
-    if not isinstance(stop_tokens, Iterable):
-        raise TypeError(f"stop_tokens must be integers in a list, got {stop_tokens!r}.")
-    stops = tuple(check_token("stop_tokens", t, model.vocab_size) for t in stop_tokens)
-    dtype = None if cache_dtype is None else checked_dtype("cache_dtype", cache_dtype)
-    rules = Rules(sampling, stops, check_pad(pad_token), max_new_tokens, capacity, dtype)
+    door.check_model(model, memory)
+    door.check_outside("generate", tokens, lengths, mask, memory, rng, caches)
     frozen, leaves = Frozen(model).without_arrays()
-    given = (leaves, memory, jax.random.key(0) if rng is None else rng)
-    state = _start(frozen, rules, *given, tokens, lengths)
-    with _bar(max_new_tokens, progress) as advance:
-        each = 1 if on_token else 32 if advance else max_new_tokens
-        done, finished = np.zeros(tokens.shape[0], bool), 1
+    door.check_outside("generate", leaves)
+    vocab = model.vocab_size
+    sampling = _sampling(temperature, sampling, rng, num_samples)
+    tokens, lengths = door.check_prompts(tokens, lengths, vocab, mask=mask)
+    count = door.count_of("max_new_tokens", max_new_tokens)
+    least = door.count_of("min_new_tokens", min_new_tokens, 0)
+    if least > count:
+        raise ValueError(f"min_new_tokens = {least} is more than max_new_tokens = {count}.")
+    held, own = door.check_caches(caches, len(tokens))
+    needed = door.check_room(model, tokens.shape[1], count, capacity, held)
+    room = count if capacity is None and caches is None else max(count, needed if capacity else own)
+    samples = 1 if num_samples is None else door.count_of("num_samples", num_samples)
+    dtype = door.check_cache_dtype(cache_dtype, caches)
+    rules = Rules(room, max(own, needed) if own or caches is None else 0, samples, dtype, bool(return_caches))
+    stops = door.check_tokens("stop_tokens", stop_tokens, vocab)
+    banned = door.check_tokens("banned_tokens", banned_tokens, vocab)
+    numbers: dict[str, Any] = dict(
+        sampling=sampling.numbers(),
+        pad_token=np.int32(door.check_pad(pad_token)),
+        stops=stops,
+        least=np.int32(least) if least and len(stops) else None,
+        banned=banned if len(banned) else None,
+    )
+    tokens, lengths, numbers = jax.device_put((tokens, lengths, numbers))
+    rng = rng if sampling.temperature > 0 else None
+    given = Given(leaves, memory, rng, processors=as_processors(processors), **numbers)
+    state = _start(frozen, rules, given, tokens, lengths, caches)
+    shape = (len(tokens),) if num_samples is None else (len(tokens), samples)
+    if samples > 1:
+        given = given._replace(memory=jax.tree.map(lambda x: jnp.repeat(x, samples, 0), memory))
+    state = _run(frozen, given, state, count, shape, on_token, progress)
+    if return_caches:
+        state = _finish(frozen, given, state)
+    cut = lambda x: x if x.shape[1] == count else jax.device_put(np.asarray(x)[:, :count])  # that compiles nothing
+    made = [cut(state.tokens), state.lengths, state.done, cut(state.log_probabilities)]
+    if num_samples is not None:
+        made = [x.reshape(*shape, *x.shape[1:]) for x in made]
+    return Generated(*made, state.caches if return_caches else None)
+
+
+def _run(
+    frozen: Frozen,
+    given: Given,
+    state: State,
+    count: int,
+    shape: tuple[int, ...],
+    on_token: Callable[[np.ndarray], Any] | None,
+    progress: bool,
+) -> State:
+    """All steps, and the calls that tell of them."""
+    with _bar(count, progress) as advance:
+        each = 1 if on_token else 32 if advance else count
+        done, finished, halted = np.zeros(len(state.done), bool), 1, False
         while True:
             if on_token:
-                on_token(np.where(done, np.int32(-1), np.asarray(state.last)))
+                _check_likeliest(state)
+                answer = on_token(np.where(done, np.int32(-1), np.asarray(state.last)).reshape(shape))
+                halted = isinstance(answer, (bool, np.bool_)) and bool(answer)
             if advance:
                 advance(finished)
             if on_token or advance:
                 done = np.asarray(state.done)
-            if finished == max_new_tokens or done.all():
+            if halted or finished == count or done.all():
                 break
-            finished = min(finished + each, max_new_tokens)
-            state = _steps(frozen, rules, *given, state, np.int32(finished))
-    return Generated(state.tokens, state.lengths, state.done)
+            finished = min(finished + each, count)
+            state = _steps(frozen, given, state, jax.device_put(np.int32(finished)))
+    _check_likeliest(state)
+    return state
 
 
 @functools.partial(jax.jit, static_argnames=("frozen", "rules"))
-def _start(frozen: Frozen, rules: Rules, leaves: Any, memory: Any, rng: Array, tokens: Array, lengths: Array) -> State:
-    """Reads the prompts, and draws the first token of each row."""
-    model = frozen.model(leaves)
+def _start(frozen: Frozen, rules: Rules, given: Given, tokens: Array, lengths: Array, caches: Any = None) -> State:
+    """Reads the prompts, and chooses the first token of each row."""
+    model = frozen.model(given.leaves)
     batch, count = tokens.shape
-    caches = model.create_caches(batch, rules.capacity, dtype=rules.cache_dtype)
-    hidden, caches = model.hidden(tokens, caches=caches, lengths=lengths, deterministic=True, **_memory(memory))
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    if caches is None:
+        caches = door.create_caches(model, batch, rules.capacity, rules.cache_dtype)
+    else:
+        caches = tuple(_widened(cache, batch, rules.capacity) for cache in caches)
+    options = dict(caches=caches, lengths=lengths, deterministic=True)
+    hidden, caches = model.hidden(tokens, **options, **_memory(given.memory))
+    logits = model.logits(jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0])
     seen = None
-    if rules.sampling.repetition_penalty != 1:
-        real = np.arange(count) < lengths[:, None]
-        rows = np.arange(batch)[:, None]
+    if "repetition_penalty" in given.sampling:
+        real = np.arange(count, dtype=np.int32)[None] < lengths[:, None]
+        rows = np.arange(batch, dtype=np.int32)[:, None]
         seen = jnp.zeros((batch, model.vocab_size), bool).at[rows, tokens].max(real)
+    if rules.samples > 1:
+        caches, logits, seen = jax.tree.map(lambda x: jnp.repeat(x, rules.samples, 0), (caches, logits, seen))
+        batch *= rules.samples
     state = State(
         caches=caches,
         last=jnp.zeros(batch, jnp.int32),
-        tokens=jnp.full((batch, rules.max_new_tokens), rules.pad_token, jnp.int32),
+        tokens=jnp.full((batch, rules.room), given.pad_token, jnp.int32),
+        log_probabilities=jnp.zeros((batch, rules.room), jnp.float32),
         lengths=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
+        failed=jnp.zeros(batch, bool),
         step=jnp.int32(0),
         seen=seen,
+        waits=jnp.zeros(batch, bool) if rules.keeps_caches else None,
     )
-    return _drawn(state, caches, model.logits(last), rules, rng)
+    return _chosen(state, caches, logits, given)
 
 
-@functools.partial(jax.jit, static_argnames=("frozen", "rules"), donate_argnames="state")
-def _steps(frozen: Frozen, rules: Rules, leaves: Any, memory: Any, rng: Array, state: State, until: Array) -> State:
+@functools.partial(jax.jit, static_argnames="frozen", donate_argnames="state")
+def _steps(frozen: Frozen, given: Given, state: State, until: Array) -> State:
     """Steps until there are so many tokens, or all rows have ended."""
 
     def step(state: State) -> State:
-        model = frozen.model(leaves)
-        hidden, caches = model.hidden(state.last[:, None], caches=state.caches, deterministic=True, **_memory(memory))
-        return _drawn(state, caches, model.logits(hidden[:, 0]), rules, rng)
+        model = frozen.model(given.leaves)
+        hidden, caches = _read(model, given, state)
+        return _chosen(state, caches, model.logits(hidden[:, 0]), given)
 
     return lax.while_loop(lambda state: (state.step < until) & ~state.done.all(), step, state)
 
 
-def _drawn(state: State, caches: Any, logits: Array, rules: Rules, rng: Array) -> State:
+@functools.partial(jax.jit, static_argnames="frozen", donate_argnames="state")
+def _finish(frozen: Frozen, given: Given, state: State) -> State:
+    """The state with caches that hold the last tokens, too."""
+    _, caches = _read(frozen.model(given.leaves), given, state)
+    return state._replace(caches=caches)
+
+
+def _read(model: Any, given: Given, state: State) -> tuple[Array, Any]:
+    """Hidden vectors of the last tokens, and caches with them: without those of rows that end, where they are kept."""
+    options = dict(caches=state.caches, deterministic=True, **_memory(given.memory))
+    if state.waits is not None:
+        options["lengths"] = state.waits.astype(jnp.int32)
+    return model.hidden(state.last[:, None], **options)
+
+
+def _chosen(state: State, caches: Any, logits: Array, given: Given) -> State:
     """The state with one more token."""
-    token = sample(logits, rules.sampling, jax.random.fold_in(rng, state.step), state.seen)
-    token = jnp.where(state.done, jnp.int32(rules.pad_token), token)
+    own = logits.astype(jnp.float32)
+    logits = processed(own, given.processors, state.tokens, state.step)
+    if given.banned is not None:
+        logits = without(logits, given.banned)
+    if given.least is not None:
+        logits = without(logits, given.stops, state.step < given.least)
+    rng = None if given.rng is None else jax.random.fold_in(given.rng, state.step)
+    token = drawn(logits, given.sampling, rng, state.seen)
+    failed = ~state.done & ~jnp.isfinite(logits.max(-1))  # NaN somewhere, or nothing left to choose from
+    ended = state.done | failed
+    probability = jnp.take_along_axis(own, token[:, None], 1) - jax.nn.logsumexp(own, 1, keepdims=True)
+    token = jnp.where(ended, given.pad_token, token)
+    probability = jnp.where(ended[:, None], np.float32(0), probability)
     seen = state.seen
     if seen is not None:
-        seen = seen.at[np.arange(len(token)), token].max(~state.done)
-    stops = jnp.zeros_like(state.done)
-    for stop in rules.stop_tokens:
-        stops |= token == stop
+        seen = seen.at[np.arange(len(token), dtype=np.int32), token].max(~ended)
+    place = (jnp.int32(0), state.step)
     return State(
         caches=caches,
         last=token,
-        tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (jnp.int32(0), state.step)),
-        lengths=state.lengths + jnp.where(state.done, 0, 1).astype(jnp.int32),
-        done=state.done | stops,
+        tokens=lax.dynamic_update_slice(state.tokens, token[:, None], place),
+        log_probabilities=lax.dynamic_update_slice(state.log_probabilities, probability, place),
+        lengths=state.lengths + (~ended).astype(jnp.int32),
+        done=ended | (token[:, None] == given.stops[None]).any(1),
+        failed=state.failed | failed,
         step=state.step + 1,
         seen=seen,
+        waits=None if state.waits is None else ~ended,
     )
+
+
+def _widened(cache: KVCache, batch: int, capacity: int) -> KVCache:
+    """A cache for so many rows, with room enough."""
+    if cache.batch != (batch,):
+        cache = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), cache)
+    return cache.grow(capacity) if cache.window is None and cache.capacity < capacity else cache
 
 
 def _memory(memory: Any) -> dict[str, Any]:
     return {} if memory is None else {"memory": memory}
 
 
-def _check_model(model: Any, memory: Any) -> None:
-    """A model that generates, with a memory where it needs one."""
-    kind = type(model).__name__
-    if not all(hasattr(model, name) for name in ("hidden", "logits", "create_caches", "vocab_size", "max_length")):
-        raise TypeError(f"model must be a DecoderLM, a Transformer or one like them, got {kind}.")
-    parameters = inspect.signature(model.hidden).parameters.values()
-    takes = any(p.name == "memory" or p.kind is p.VAR_KEYWORD for p in parameters)
-    if memory is not None and not takes:
-        raise ValueError(f"memory was given, and {kind} attends to its own tokens only: leave it out.")
-    if memory is None and any(p.name == "memory" and p.default is p.empty for p in parameters):
-        raise ValueError(f"memory is missing: a {kind} generates from memory=model.encode(source).")
+def _check_likeliest(state: State) -> None:
+    """Every row had a likeliest token at every step, or a FloatingPointError."""
+    if state.failed.any():
+        row = int(np.asarray(state.failed).argmax())
+        raise FloatingPointError(
+            f"row {row} has no likeliest token behind {int(state.lengths[row])} new ones: its logits are NaN or "
+            "infinite, or processors and banned_tokens leave none. Look at the model's parameters and at model(tokens)."
+        )
 
 
-def _sampling(temperature: float, sampling: Sampling | None, rng: Array | None) -> Sampling:
+def _sampling(temperature: Any, sampling: Sampling | None, rng: Any, num_samples: int | None) -> Sampling:
     if sampling is None:
         sampling = Sampling(temperature)
     elif not isinstance(sampling, Sampling):
@@ -284,71 +375,10 @@ def _sampling(temperature: float, sampling: Sampling | None, rng: Array | None) 
         raise ValueError(
             f"rng is missing: temperature {sampling.temperature} draws at random, give jax.random.key(...)."
         )
-    if rng is not None and not isinstance(rng, jax.Array):
-        raise TypeError(f"rng must be a PRNG key, such as jax.random.key(0), got {rng!r}.")
+    if sampling.temperature == 0 and num_samples is not None and num_samples != 1:
+        raise ValueError(f"num_samples = {num_samples} would be equal at temperature 0: give a temperature and rng.")
+    door.check_rng(rng)
     return sampling
-
-
-def check_prompts(tokens: Any, lengths: Any, vocab_size: int, name: str = "tokens") -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as int32 `[B, T]` and `[B]`.
-
-    Raises:
-      TypeError: they are no integers. ValueError: empty, not `[B, T]`, not in the vocabulary, lengths outside [1, T].
-    """
-    try:
-        tokens = np.asarray(tokens)
-    except ValueError as error:
-        raise ValueError(f"{name} must be [B, T]: rows differ in length, use attnjax.models.pad(prompts).") from error
-    if tokens.ndim != 2:
-        raise ValueError(f"{name} must be [B, T], got shape {list(tokens.shape)}.")
-    if not tokens.size:
-        raise ValueError(f"{name} is empty, {list(tokens.shape)}: every prompt needs at least one token.")
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise TypeError(f"{name} must be integers, got {tokens.dtype}.")
-    lengths = np.full(len(tokens), tokens.shape[1], np.int32) if lengths is None else np.asarray(lengths)
-    if not np.issubdtype(lengths.dtype, np.integer) or lengths.shape != tokens.shape[:1]:
-        raise ValueError(f"lengths must be integers [{len(tokens)}], got {lengths.dtype}{list(lengths.shape)}.")
-    if lengths.min() < 1:
-        raise ValueError(
-            f"lengths: row {lengths.argmin()} has length {lengths.min()}: a prompt needs at least one token."
-        )
-    if lengths.max() > tokens.shape[1]:
-        raise ValueError(f"lengths: {lengths.max()} is more than the T = {tokens.shape[1]} of {name}.")
-    real = tokens[np.arange(tokens.shape[1]) < lengths[:, None]]
-    for token in (real.min(), real.max()):
-        check_token(name, token, vocab_size)
-    return np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 0).astype(np.int32), lengths.astype(np.int32)
-
-
-def check_token(name: str, token: Any, vocab_size: int) -> int:
-    """An integer in [0, vocab_size), or a TypeError or ValueError."""
-    if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
-        raise TypeError(f"{name} must be integers, got {token!r}.")
-    if not 0 <= token < vocab_size:
-        raise ValueError(f"{name}: {token} is not in the vocabulary of {vocab_size} tokens.")
-    return int(token)
-
-
-def check_pad(token: Any) -> int:
-    """An integer, also one that is no token, or a TypeError."""
-    if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
-        raise TypeError(f"pad_token must be an integer, got {token!r}.")
-    return int(token)
-
-
-def check_room(model: Any, count: int, new: int, capacity: int | None = None) -> int:
-    """The cache's capacity: room for the prompts and all that is generated, or a ValueError."""
-    needed = f"{count} tokens of the prompts and max_new_tokens = {new} are more than"
-    if model.max_length is not None and count + new > model.max_length:
-        raise ValueError(f"{needed} the model's max_length of {model.max_length}: shorten one of them.")
-    if capacity is None:
-        return count + new
-    check_count("capacity", capacity)
-    if count + new > capacity:
-        raise ValueError(
-            f"{needed} the cache's capacity of {capacity}: shorten one of them, or give a larger capacity."
-        )
-    return capacity
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from attnjax.core.checks import check_count
+from attnjax.core.checks import check_count, number_of
 
 Array = jax.Array
+Scalar = Any  # a Python number, or a scalar array that may be traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +49,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "min_p", "top_p", "repetition_penalty"):
+        for name in ("temperature", "min_p", "top_p", "repetition_penalty", "top_k"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float, np.number))):
+            known = None if value is None else number_of(value)
+            if known is None and value is not None and name != "top_k":
                 raise TypeError(f"Sampling: {name} must be a number, got {value!r}.")
+            if known is not None:
+                object.__setattr__(self, name, known)
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"Sampling: temperature must be at least 0 and finite, got {self.temperature}.")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
@@ -62,6 +68,22 @@ class Sampling:
             raise ValueError(
                 f"Sampling: repetition_penalty must be positive and finite, got {self.repetition_penalty}."
             )
+
+    def numbers(self) -> dict[str, np.generic]:
+        """The rules that do something, by name, as scalars that a program may take as arguments: it is one for all."""
+        kinds = np.finfo(np.float32)  # below the smallest a float32 is 0, above the largest inf; neither divides well
+        made: dict[str, np.generic] = {}
+        if self.temperature > 0:
+            made["temperature"] = np.float32(min(max(self.temperature, kinds.tiny), kinds.max))
+            if self.top_k is not None:
+                made["top_k"] = np.int32(min(self.top_k, 2**31 - 1))
+            if self.top_p is not None and self.top_p < 1:
+                made["top_p"] = np.float32(max(self.top_p, kinds.tiny))
+            if self.min_p:
+                made["min_p"] = np.float32(self.min_p)
+        if self.repetition_penalty != 1:
+            made["repetition_penalty"] = np.float32(min(max(self.repetition_penalty, kinds.tiny), kinds.max))
+        return made
 
 
 def sample(
@@ -85,65 +107,80 @@ def sample(
       >>> sample(jnp.array([[0.0, 2.0, 1.0]]), Sampling(temperature=0)).tolist()
       [1]
     """
-    logits = logits.astype(jnp.float32)
-    if seen is not None:
-        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
-    if rng is None:
+    if rng is None and sampling.temperature > 0:
         raise ValueError(
             f"rng is missing: temperature {sampling.temperature} draws at random, give jax.random.key(...)."
         )
-    smallest = float(np.finfo(np.float32).tiny)  # below it a float32 is 0, and 0 / 0 not a number
-    logits = (logits - logits.max(-1, keepdims=True)) / max(sampling.temperature, smallest)
-    if sampling.top_k is not None:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p is not None:
-        logits = keep_top_p(logits, sampling.top_p)
-    if sampling.min_p is not None:
-        logits = keep_min_p(logits, sampling.min_p)
-    rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, np.arange(logits.shape[0]))
+    return drawn(logits, sampling.numbers(), rng, seen)
+
+
+def drawn(
+    logits: Float[Array, "B vocab"], numbers: dict[str, Any], rng: Array | None = None, seen: Array | None = None
+) -> Int[Array, " B"]:
+    """`sample` by the rules in `Sampling.numbers()`, which may be traced."""
+    logits = logits.astype(jnp.float32)
+    if seen is not None and "repetition_penalty" in numbers:
+        logits = penalize_repetition(logits, seen, numbers["repetition_penalty"])
+    if "temperature" not in numbers:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+    logits = (logits - logits.max(-1, keepdims=True)) / numbers["temperature"]
+    for name, keep in (("top_k", keep_top_k), ("top_p", keep_top_p), ("min_p", keep_min_p)):
+        if name in numbers:
+            logits = keep(logits, numbers[name])
+    rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, np.arange(logits.shape[0], dtype=np.uint32))
     return jax.vmap(jax.random.categorical)(rngs, logits).astype(jnp.int32)
 
 
-def keep_top_k(logits: Float[Array, "*B vocab"], k: int) -> Float[Array, "*B vocab"]:
-    """-inf in place of all but the k largest logits. Those that equal the k-th stay."""
-    least = lax.top_k(logits, min(k, logits.shape[-1]))[0][..., -1:]
+def keep_top_k(logits: Float[Array, "*B vocab"], k: Scalar) -> Float[Array, "*B vocab"]:
+    """-inf in place of all but the k largest logits. Those that equal the k-th stay.
+
+    Finds the largest threshold t with count(logit >= t) >= k.
+    """
+    logits = logits.astype(jnp.float32)
+    bits = lax.bitcast_convert_type(jnp.where(logits == 0, np.float32(0), logits), jnp.uint32)  # -0 is 0
+    order = jnp.where(bits >> 31 == 1, ~bits, bits | np.uint32(2**31))  # as the floats are ordered
+    count = lambda least: jnp.sum(order >= least, -1, keepdims=True, dtype=jnp.int32) >= k
+    return jnp.where(order >= _largest(count, order, 2**32 - 1), logits, -jnp.inf)
+
+
+def keep_top_p(logits: Float[Array, "*B vocab"], p: Scalar) -> Float[Array, "*B vocab"]:
+    """-inf in place of all but the most likely tokens that have probability p together. Ties stay or go together.
+
+    Finds the largest threshold t with sum(probability where probability >= t) >= p.
+    """
+    if isinstance(p, (int, float)) and p == 1:  # a rounded sum may reach it before the last
+        return logits
+    probability = jax.nn.softmax(logits.astype(jnp.float32))
+    bits = lax.bitcast_convert_type(probability, jnp.uint32)
+    enough = lambda least: jnp.sum(jnp.where(bits >= least, probability, 0), -1, keepdims=True) >= p
+    return jnp.where(bits >= _largest(enough, bits, int(np.float32(2).view(np.int32))), logits, -jnp.inf)
+
+
+def _largest(enough: Callable[[Array], Array], bits: Array, beyond: int) -> Array:
+    """The largest threshold, one for each row, that is far enough down; 0 is, and `beyond` is not.
+
+    The bits of positive floats are ordered as the floats are, so that bisection over bits ends after 32 steps, exactly,
+    and without sorting.
+    """
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = low + (high - low) // 2
+        lower = enough(middle)
+        return jnp.where(lower, middle, low), jnp.where(lower, high, middle)
+
+    low = jnp.zeros((*bits.shape[:-1], 1), jnp.uint32)
+    return lax.fori_loop(0, beyond.bit_length(), halve, (low, jnp.full_like(low, beyond)))[0]
+
+
+def keep_min_p(logits: Float[Array, "*B vocab"], p: Scalar) -> Float[Array, "*B vocab"]:
+    """-inf in place of tokens that are less likely than p times the most likely one."""
+    least = logits.max(-1, keepdims=True) + jnp.log(jnp.asarray(p, logits.dtype))
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def keep_top_p(logits: Float[Array, "*B vocab"], p: float) -> Float[Array, "*B vocab"]:
-    """-inf in place of all but the most likely tokens that have probability p together. Ties stay or go together.
-
-    Finds the largest threshold t with sum(probability where probability >= t) >= p. The bits of positive floats are
-    ordered as the floats are, so that bisection over bits ends after 31 steps, exactly, and without sorting.
-    """
-    if p == 1:
-        return logits
-    probability = jax.nn.softmax(logits.astype(jnp.float32))
-    bits = lax.bitcast_convert_type(probability, jnp.int32)
-
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends  # low is far enough down, high is not
-        middle = low + (high - low) // 2
-        enough = jnp.sum(jnp.where(bits >= middle, probability, 0), -1, keepdims=True) >= p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    low = jnp.zeros((*logits.shape[:-1], 1), jnp.int32)
-    high = jnp.full_like(low, np.float32(2).view(np.int32))
-    low, _ = lax.fori_loop(0, 31, halve, (low, high))
-    return jnp.where(bits >= low, logits, -jnp.inf)
-
-
-def keep_min_p(logits: Float[Array, "*B vocab"], p: float) -> Float[Array, "*B vocab"]:
-    """-inf in place of tokens that are less likely than p times the most likely one."""
-    if p == 0:
-        return logits
-    return jnp.where(logits >= logits.max(-1, keepdims=True) + math.log(p), logits, -jnp.inf)
-
-
 def penalize_repetition(
-    logits: Float[Array, "*B vocab"], seen: Bool[Array, "*B vocab"], penalty: float
+    logits: Float[Array, "*B vocab"], seen: Bool[Array, "*B vocab"], penalty: Scalar
 ) -> Float[Array, "*B vocab"]:
     """Logits of seen tokens divided by the penalty where positive, multiplied by it where negative."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
