@@ -15,7 +15,7 @@ from attnjax.core import checks
 from attnjax.core.blocks import BlockMap
 from attnjax.core.dispatch import check_name
 from attnjax.core.dropout import head_seeds
-from attnjax.core.node import describe, is_array
+from attnjax.core.node import describe, is_array, narrowed
 from attnjax.core.program import Problem, Program
 from attnjax.core.tiles import Sizes, operand_form
 from attnjax.core.transforms import attend
@@ -185,12 +185,16 @@ def build(
     if mask is not None:
         checks.check_static_lengths(mask, "mask", query_length, key_length)
     _check_map(block_map, mask, query_length, key_length, batch, heads, config)
+    if block_map is not None:
+        mask = block_map.effective(mask, batch, heads)
+    mask = None if mask is None else mask.settled(query_length, key_length, query.dtype)
+    scores = tuple(s.settled(query_length, key_length, query.dtype) for s in scores)
 
     n = len(batch)
     operands, axes, floats = [query, key, value], ["th.", "sk.", "sk."], [0, 1, 2]
     if sinks is not None:
         floats.append(len(operands))
-        operands.append(operand_form(sinks, "h", n))
+        operands.append(operand_form(narrowed(sinks, query.dtype), "h", n))
         axes.append("h")
     dropping = dropout is not None and dropout.rate > 0
     if dropping:

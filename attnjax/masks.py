@@ -1,155 +1,33 @@
 """Masks: who may see whom. Each is data with two rules: one for tiles of indices, one for blocks. No kernel code here.
 
-A mask is combined with `&`, `|` and `~`. `evaluate` states the rule once, for index arrays that broadcast together;
-`blocks` states it for whole blocks in three values (empty 0, partial 1, full 2), from the ends of their index ranges.
-"Partial" is always a right answer.
+What all of them share, and how they are combined, is in `core.mask`.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnjax.core.checks import check_integer
+from attnjax.core.checks import check_integer, check_integers, number_of
 from attnjax.core.functions import trace
-from attnjax.core.node import Node, describe, is_array
-from attnjax.core.tiles import Grid, Tile, Values, everything, rows_of
+from attnjax.core.integers import bounded, chunk_and_offset, same_as_int32, stride_and_offset
+from attnjax.core.mask import And as And
+from attnjax.core.mask import Dense as Dense
+from attnjax.core.mask import Mask as Mask
+from attnjax.core.mask import Not as Not
+from attnjax.core.mask import Or as Or
+from attnjax.core.mask import as_mask as as_mask
+from attnjax.core.mask import either, is_axis, three
+from attnjax.core.node import describe
+from attnjax.core.tiles import Grid, Tile, Values
 
 Array = jax.Array
 Number = int | Array
-
-
-class Mask(Node):
-    """Base class of all masks."""
-
-    def evaluate(self, tile: Tile) -> Array:
-        """Booleans that broadcast to the tile: true where the query may see the key."""
-        raise NotImplementedError
-
-    def blocks(self, grid: Grid) -> Any:
-        """The rule for blocks, int8: 0 nothing is seen, 2 all is seen, 1 anything else."""
-        raise NotImplementedError
-
-    def __and__(self, other: Mask) -> Mask:
-        return And(self, as_mask(other))
-
-    def __rand__(self, other: Mask) -> Mask:
-        return And(as_mask(other), self)
-
-    def __or__(self, other: Mask) -> Mask:
-        return Or(self, as_mask(other))
-
-    def __ror__(self, other: Mask) -> Mask:
-        return Or(as_mask(other), self)
-
-    def __invert__(self) -> Mask:
-        return Not(self)
-
-    def to_array(self, query_length: int, key_length: int, *, batch: tuple[int, ...] = (), heads: int = 1) -> Array:
-        """The mask as booleans, for looking at and for small problems.
-
-        Args:
-          query_length: T.
-          key_length: S.
-          batch: batch axes that the mask's own arrays do not tell.
-          heads: number of query heads, when the mask's own arrays do not tell.
-
-        Returns:
-          `[T, S]`, or `[*B, N, T, S]` (N may be 1) when there are batch axes or heads.
-
-        Example:
-          >>> from attnjax import Causal
-          >>> Causal().to_array(2, 3).astype(int).tolist()
-          [[1, 0, 0], [1, 1, 0]]
-        """
-        tile, node, plain = everything(self, query_length, key_length, batch, heads)
-        seen = jnp.broadcast_to(node.evaluate(tile), tile.shape)
-        seen = seen.reshape(*seen.shape[:-4], tile.heads, query_length, key_length)
-        return seen[0] if plain else seen
-
-    def density(self, query_length: int, key_length: int, *, batch: tuple[int, ...] = (), heads: int = 1) -> float:
-        """Share of (query, key) pairs that may see each other, counted a few rows at a time in linear memory.
-
-        Example:
-          >>> from attnjax import Causal
-          >>> Causal().density(4, 4)
-          0.625
-        """
-        if query_length == 0 or key_length == 0:
-            return 0.0
-        shares = [
-            (tile.size, jnp.broadcast_to(node.evaluate(tile), tile.shape).mean(dtype=jnp.float32))
-            for tile, node in rows_of(self, query_length, key_length, batch, heads)
-        ]
-        total = sum(size for size, _ in shares)
-        return float(sum(size * float(share) for size, share in shares) / total)
-
-
-def as_mask(mask: Any) -> Mask:
-    """A `Mask`, or a boolean array taken as `Dense`."""
-    if isinstance(mask, Mask):
-        return mask
-    if isinstance(mask, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-        return Dense(mask)  # type: ignore[arg-type]
-    hint = ""
-    if isinstance(mask, (tuple, list)):
-        hint = " Several masks are combined with & or |."
-    elif callable(mask) and not isinstance(mask, type):
-        hint = " A function of (b, h, q, k) is attnjax.Where(function)."
-    raise TypeError(f"mask must be an attnjax Mask or a boolean array, got {type(mask).__name__}.{hint}")
-
-
-class And(Mask):
-    """Both masks allow it; written `a & b`."""
-
-    left: Mask
-    right: Mask
-
-    def evaluate(self, tile: Tile) -> Array:
-        return self.left.evaluate(tile) & self.right.evaluate(tile)
-
-    def blocks(self, grid: Grid) -> Any:
-        return _either(np.minimum, jnp.minimum, self.left.blocks(grid), self.right.blocks(grid))
-
-    def __repr__(self) -> str:
-        return f"({self.left!r} & {self.right!r})"
-
-
-class Or(Mask):
-    """One of two masks allows it; written `a | b`."""
-
-    left: Mask
-    right: Mask
-
-    def evaluate(self, tile: Tile) -> Array:
-        return self.left.evaluate(tile) | self.right.evaluate(tile)
-
-    def blocks(self, grid: Grid) -> Any:
-        return _either(np.maximum, jnp.maximum, self.left.blocks(grid), self.right.blocks(grid))
-
-    def __repr__(self) -> str:
-        return f"({self.left!r} | {self.right!r})"
-
-
-class Not(Mask):
-    """The mask forbids it; written `~a`."""
-
-    mask: Mask
-
-    def evaluate(self, tile: Tile) -> Array:
-        return tile.inverted(self.mask.evaluate(tile))
-
-    def blocks(self, grid: Grid) -> Any:
-        return np.int8(2) - self.mask.blocks(grid)
-
-    def __repr__(self) -> str:
-        return f"~{self.mask!r}"
 
 
 def _shift(mask: Causal | Window | Chunked | Dilated, where: Tile | Grid) -> Values:
@@ -158,7 +36,23 @@ def _shift(mask: Causal | Window | Chunked | Dilated, where: Tile | Grid) -> Val
     return shift + (where.key_length - where.query_length) if mask.at_end else shift
 
 
-class Causal(Mask):
+class _AtOffset(Mask):
+    """Masks of positions whose queries are moved by `offset`, and by S - T more where they are aligned to the end."""
+
+    reads: ClassVar = "qk"
+
+    def settled(self, query_length: Any, key_length: Any, dtype: Any = None) -> Mask:
+        return self._around(key_length - query_length if self.at_end else 0)
+
+    def moved(self, start: Array) -> Mask:
+        return self._around(start)
+
+    def _around(self, more: Any) -> Mask:
+        """With the offset, and `more`, in integers that stay in their type."""
+        raise NotImplementedError
+
+
+class Causal(_AtOffset):
     """Query t sees keys s <= t + offset: the first query and the first key are aligned, as in `jax.nn` and torch.
 
     Args:
@@ -175,7 +69,13 @@ class Causal(Mask):
     at_end: bool = False
 
     def __post_init__(self) -> None:
-        check_integer("Causal", "offset", self.offset)
+        _check_integers(self, "offset")
+
+    def _around(self, more: Any) -> Causal:
+        return self.replaced(offset=bounded((1, self.offset), (1, more)), at_end=False)
+
+    def reach(self) -> tuple[int | None, int | None]:
+        return None, _number(self.offset)
 
     @classmethod
     def aligned_end(cls, offset: Number = 0) -> Causal:
@@ -193,13 +93,13 @@ class Causal(Mask):
 
     def blocks(self, grid: Grid) -> Any:
         shift = _shift(self, grid)
-        return _three(full=grid.k_max <= grid.q_min + shift, empty=grid.k_min > grid.q_max + shift)
+        return three(full=grid.k_max <= grid.q_min + shift, empty=grid.k_min > grid.q_max + shift)
 
     def __repr__(self) -> str:
         return _placed_repr("Causal", [] if _is_zero(self.offset) else [describe(self.offset)], self.at_end)
 
 
-class Window(Mask):
+class Window(_AtOffset):
     """Query t sees keys s with t + offset - left <= s <= t + offset + right, both ends included.
 
     Args:
@@ -222,10 +122,19 @@ class Window(Mask):
     at_end: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("left", "right"):
-            if getattr(self, name) is not None:
-                check_integer("Window", name, getattr(self, name), least=0)
-        check_integer("Window", "offset", self.offset)
+        given = [name for name in ("left", "right") if getattr(self, name) is not None]
+        _check_integers(self, *given, least=0)
+        _check_integers(self, "offset")
+
+    def _around(self, more: Any) -> Window:
+        left = None if self.left is None else bounded((1, self.left), (-1, self.offset), (-1, more))
+        right = None if self.right is None else bounded((1, self.right), (1, self.offset), (1, more))
+        return self.replaced(left=left, right=right, offset=0, at_end=False)
+
+    def reach(self) -> tuple[int | None, int | None]:
+        left, right, offset = map(_number, (self.left, self.right, self.offset))
+        before = None if left is None or offset is None else left - offset
+        return before, None if right is None or offset is None else right + offset
 
     @classmethod
     def aligned_end(cls, left: Number | None = None, right: Number | None = None, offset: Number = 0) -> Window:
@@ -239,7 +148,7 @@ class Window(Mask):
         return cls(left, right, offset, at_end=True)
 
     def evaluate(self, tile: Tile) -> Array:
-        centre = tile.q + _shift(self, tile)
+        centre = tile.q if _is_zero(self.offset) and not self.at_end else tile.q + _shift(self, tile)
         bounds = [] if self.left is None else [tile.k >= centre - tile.take(self.left, "")]
         bounds += [] if self.right is None else [tile.k <= centre + tile.take(self.right, "")]
         return _all(bounds, tile)
@@ -249,12 +158,12 @@ class Window(Mask):
         kinds = np.int8(2)
         if self.left is not None:
             reach = shift - grid.take(self.left, "")
-            left = _three(full=grid.k_min >= grid.q_max + reach, empty=grid.k_max < grid.q_min + reach)
-            kinds = _either(np.minimum, jnp.minimum, kinds, left)
+            left = three(full=grid.k_min >= grid.q_max + reach, empty=grid.k_max < grid.q_min + reach)
+            kinds = either(np.minimum, jnp.minimum, kinds, left)
         if self.right is not None:
             reach = shift + grid.take(self.right, "")
-            right = _three(full=grid.k_max <= grid.q_min + reach, empty=grid.k_min > grid.q_max + reach)
-            kinds = _either(np.minimum, jnp.minimum, kinds, right)
+            right = three(full=grid.k_max <= grid.q_min + reach, empty=grid.k_min > grid.q_max + reach)
+            kinds = either(np.minimum, jnp.minimum, kinds, right)
         return kinds
 
     def __repr__(self) -> str:
@@ -264,7 +173,7 @@ class Window(Mask):
         return _placed_repr("Window", parts, self.at_end)
 
 
-class Chunked(Mask):
+class Chunked(_AtOffset):
     """Query t sees keys in its own chunk: (t + offset) // size == s // size.
 
     Args:
@@ -286,8 +195,16 @@ class Chunked(Mask):
     at_end: bool = False
 
     def __post_init__(self) -> None:
-        check_integer("Chunked", "size", self.size, least=1)
-        check_integer("Chunked", "offset", self.offset)
+        _check_integers(self, "size", least=1)
+        _check_integers(self, "offset")
+
+    def _around(self, more: Any) -> Chunked:
+        size, offset = chunk_and_offset(self.size, self.offset, more)
+        return self.replaced(size=size, offset=offset, at_end=False)
+
+    def reach(self) -> tuple[int | None, int | None]:
+        size, offset = _number(self.size), _number(self.offset)
+        return (None, None) if size is None or offset is None else (size - 1 - offset, size - 1 + offset)
 
     def evaluate(self, tile: Tile) -> Array:
         size = tile.take(self.size, "")
@@ -315,17 +232,22 @@ class Prefix(Mask):
     """
 
     axes: ClassVar = {"length": ""}
+    reads: ClassVar = "k"
+    limits: ClassVar = {"length": "s"}
     length: Number
 
     def __post_init__(self) -> None:
-        check_integer("Prefix", "length", self.length, least=0)
+        _check_integers(self, "length", least=0)
+
+    def moved(self, start: Array) -> Prefix:
+        return self
 
     def evaluate(self, tile: Tile) -> Array:
         return tile.k < tile.take(self.length, "")
 
     def blocks(self, grid: Grid) -> Any:
         length = grid.take(self.length, "")
-        return _three(full=grid.k_max < length, empty=grid.k_min >= length)
+        return three(full=grid.k_max < length, empty=grid.k_min >= length)
 
 
 class Segments(Mask):
@@ -343,13 +265,21 @@ class Segments(Mask):
     """
 
     axes: ClassVar = {"query_ids": "t", "key_ids": "s"}
+    reads: ClassVar = ""
     query_ids: Array
     key_ids: Array | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key_ids", self.query_ids if self.key_ids is None else self.key_ids)
-        for name in ("query_ids", "key_ids"):
-            object.__setattr__(self, name, _integers("Segments", name, getattr(self, name)))
+        if self.key_ids is None and not is_axis(self.query_ids):
+            object.__setattr__(self, "key_ids", self.query_ids)
+        _take_ids(self, "query_ids", "key_ids")
+
+    def _dynamic(self) -> tuple[str, ...]:
+        return ("query_ids", "key_ids")
+
+    def settled(self, query_length: Any, key_length: Any, dtype: Any = None) -> Mask:
+        pairs = zip(*same_as_int32(self.query_ids, self.key_ids), strict=True)
+        return functools.reduce(And, (self.replaced(query_ids=query, key_ids=key) for query, key in pairs))
 
     def evaluate(self, tile: Tile) -> Array:
         return tile.take(self.query_ids, "t") == tile.take(self.key_ids, "s")
@@ -376,13 +306,16 @@ class Lengths(Mask):
     """
 
     axes: ClassVar = {"key": "", "query": ""}
+    reads: ClassVar = "qk"
+    limits: ClassVar = {"key": "s", "query": "t"}
     key: Number | None = None
     query: Number | None = None
 
     def __post_init__(self) -> None:
-        for name in ("key", "query"):
-            if getattr(self, name) is not None:
-                check_integer("Lengths", name, getattr(self, name), least=0)
+        _check_integers(self, *(name for name in ("key", "query") if getattr(self, name) is not None), least=0)
+
+    def moved(self, start: Array) -> Lengths:
+        return self if self.query is None else self.replaced(query=bounded((1, self.query), (-1, start)))
 
     def evaluate(self, tile: Tile) -> Array:
         bounds = [] if self.key is None else [tile.k < tile.take(self.key, "")]
@@ -394,11 +327,11 @@ class Lengths(Mask):
         for length, low, high in ((self.key, grid.k_min, grid.k_max), (self.query, grid.q_min, grid.q_max)):
             if length is not None:
                 length = grid.take(length, "")
-                kinds = _either(np.minimum, jnp.minimum, kinds, _three(full=high < length, empty=low >= length))
+                kinds = either(np.minimum, jnp.minimum, kinds, three(full=high < length, empty=low >= length))
         return kinds
 
 
-class Dilated(Mask):
+class Dilated(_AtOffset):
     """Query t sees every `stride`-th key, counted from itself: (t + offset - s) % stride == 0.
 
     Args:
@@ -420,8 +353,12 @@ class Dilated(Mask):
     at_end: bool = False
 
     def __post_init__(self) -> None:
-        check_integer("Dilated", "stride", self.stride, least=1)
-        check_integer("Dilated", "offset", self.offset)
+        _check_integers(self, "stride", least=1)
+        _check_integers(self, "offset")
+
+    def _around(self, more: Any) -> Dilated:
+        stride, offset = stride_and_offset("Dilated", self.stride, self.offset, more)
+        return self.replaced(stride=stride, offset=offset, at_end=False)
 
     def evaluate(self, tile: Tile) -> Array:
         stride = tile.take(self.stride, "")
@@ -429,38 +366,6 @@ class Dilated(Mask):
 
     def blocks(self, grid: Grid) -> Any:
         return np.int8(2) if isinstance(self.stride, int) and self.stride == 1 else np.int8(1)
-
-
-class Dense(Mask):
-    """A mask given as booleans, true where the query may see the key.
-
-    Args:
-      array: booleans that broadcast, aligned at the right, to `[*B, N, T, S]`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from attnjax import Dense
-      >>> Dense(jnp.eye(2, dtype=bool))
-      Dense(bool[2, 2])
-    """
-
-    axes: ClassVar = {"array": "hts"}
-    broadcasts: ClassVar = True
-    array: Array
-
-    def __post_init__(self) -> None:
-        if not is_array(self.array) or self.array.dtype != np.bool_:
-            raise TypeError(
-                f"Dense takes a boolean array, true where the query may see the key; got {describe(self.array)}. "
-                "An additive mask of floats is a score: attnjax.Bias(array)."
-            )
-
-    def evaluate(self, tile: Tile) -> Array:
-        return tile.take(self.array, "hts")
-
-    def blocks(self, grid: Grid) -> Any:
-        lowest, highest = grid.ends(self.array, "hts")
-        return _three(full=lowest, empty=jnp.logical_not(highest))
 
 
 class Where(Mask):
@@ -483,6 +388,10 @@ class Where(Mask):
     predicate: Any  # a function when it is given, an IndexFunction from then on
     scan: bool = False
     constants: tuple[Array, ...] = ()
+
+    @property
+    def reads(self) -> str:  # type: ignore[override]  # of each function, not of the class
+        return "".join(index for index, used in zip("bhqk", self.predicate.uses, strict=True) if used)
 
     def __post_init__(self) -> None:
         function, constants = trace(self.predicate, score=False, name="Where")
@@ -518,13 +427,26 @@ class Permutation(Mask):
     """
 
     axes: ClassVar = {"order": "t", "key_order": "s"}
+    reads: ClassVar = ""
     order: Array
     strict: bool = False
     key_order: Array | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "order", _integers("Permutation", "order", self.order))
+        _take_ids(self, "order")
         object.__setattr__(self, "key_order", self.order)
+
+    def _dynamic(self) -> tuple[str, ...]:
+        return ("order", "key_order")
+
+    def settled(self, query_length: Any, key_length: Any, dtype: Any = None) -> Mask:
+        words = list(zip(*same_as_int32(self.order, self.key_order), strict=True))
+        (query, key), *upper = reversed(words)
+        made: Mask = self.replaced(order=query, key_order=key)
+        for query, key in upper:  # what is above decides, and where it is equal what is below
+            made = And(Segments(query, key), made)
+            made = Or(self.replaced(order=query, key_order=key, strict=True), made)
+        return made
 
     def evaluate(self, tile: Tile) -> Array:
         query, key = tile.take(self.order, "t"), tile.take(self.key_order, "s")
@@ -533,8 +455,8 @@ class Permutation(Mask):
     def blocks(self, grid: Grid) -> Any:
         (q_low, q_high), (k_low, k_high) = grid.ends(self.order, "t"), grid.ends(self.key_order, "s")
         if self.strict:
-            return _three(full=k_high < q_low, empty=k_low >= q_high)
-        return _three(full=k_high <= q_low, empty=k_low > q_high)
+            return three(full=k_high < q_low, empty=k_low >= q_high)
+        return three(full=k_high <= q_low, empty=k_low > q_high)
 
     def __repr__(self) -> str:
         return f"Permutation({describe(self.order)}{', strict=True' if self.strict else ''})"
@@ -545,27 +467,32 @@ def _all(bounds: list[Any], tile: Tile) -> Any:
     return functools.reduce(operator.and_, bounds) if bounds else tile.k == tile.k
 
 
-def _three(*, full: Any, empty: Any) -> Any:
-    """0 where empty, 2 where full, 1 elsewhere; numpy stays numpy, so known maps stay known."""
-    return np.int8(1) + full.astype(np.int8) - empty.astype(np.int8)
-
-
 def _three_ranges(q_low: Any, q_high: Any, k_low: Any, k_high: Any) -> Any:
     """The three values of "equal", for values that lie in known ranges."""
     full = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
-    return _three(full=full, empty=(q_high < k_low) | (k_high < q_low))
+    return three(full=full, empty=(q_high < k_low) | (k_high < q_low))
 
 
-def _either(with_numpy: Callable, with_jax: Callable, left: Any, right: Any) -> Any:
-    known = isinstance(left, (np.ndarray, np.generic)) and isinstance(right, (np.ndarray, np.generic))
-    return (with_numpy if known else with_jax)(left, right)
+def _check_integers(mask: Mask, *names: str, least: int | None = None) -> None:
+    """Checks fields that are integers, or arrays of them. Known ones become int32, which no transformation cuts."""
+    for name in names:
+        value = check_integer(type(mask).__name__, name, getattr(mask, name), least=least)
+        object.__setattr__(mask, name, value)
 
 
-def _integers(node: str, name: str, value: Any) -> Any:
-    value = np.asarray(value) if isinstance(value, (list, tuple)) else value
-    if not is_array(value) or not np.issubdtype(value.dtype, np.integer):
-        raise TypeError(f"{node}: {name} must be an array of integers, got {describe(value)}.")
-    return value
+def _take_ids(mask: Mask, *names: str) -> None:
+    """Checks fields that are arrays of ids. Known ones become int32 that are equal, and in order, where they were."""
+    values = [getattr(mask, name) for name in names]
+    if any(map(is_axis, values)):
+        return
+    values = check_integers(type(mask).__name__, names, values)
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(mask, name, value)
+
+
+def _number(value: Any) -> int | None:
+    """The integer, where it is one that is known; `None`: not, or there is none."""
+    return number_of(value) if isinstance(value, (int, np.ndarray, np.generic)) else None  # type: ignore[return-value]
 
 
 def _is_zero(value: Any) -> bool:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnjax.core.checks import check_count, check_integer
+from attnjax.core.checks import check_count, check_integer, number_of
 from attnjax.core.functions import trace
+from attnjax.core.integers import FAR, bounded
 from attnjax.core.node import Node, describe, is_array
 from attnjax.core.tiles import Tile, everything
 from attnjax.positions import alibi_slopes, relative_position_bucket
@@ -25,6 +26,10 @@ class Score(Node):
     """
 
     by_distance: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if type(self) is Score:
+            raise TypeError("Score is the base of scores: give one of them, such as attnjax.ALiBi.for_heads(8).")
 
     def evaluate(self, logits: Array, tile: Tile) -> Array:
         """The changed logits, of the tile's shape and the logits' dtype."""
@@ -70,14 +75,16 @@ class SoftCap(Score):
     """
 
     axes: ClassVar = {"cap": ""}
+    reads: ClassVar = ""
     cap: float | Array
 
     def __post_init__(self) -> None:
-        if isinstance(self.cap, (int, float, np.number)) and not isinstance(self.cap, bool):
-            if not (np.isfinite(self.cap) and self.cap > 0):
-                raise ValueError(f"SoftCap: cap must be positive and finite, got {self.cap}.")
-        else:
+        if isinstance(self.cap, (int, np.number)) and not isinstance(self.cap, bool):
+            object.__setattr__(self, "cap", float(self.cap))
+        if not isinstance(self.cap, float):
             _check_floats("SoftCap", "cap", self.cap)
+        elif not (np.isfinite(self.cap) and self.cap > 0):
+            raise ValueError(f"SoftCap: cap must be positive and finite, got {self.cap}.")
 
     def evaluate(self, logits: Array, tile: Tile) -> Array:
         cap = _like(tile.take(self.cap, ""), logits)
@@ -98,11 +105,15 @@ class Bias(Score):
     """
 
     axes: ClassVar = {"array": "hts"}
+    reads: ClassVar = ""
     broadcasts: ClassVar = True
     array: Array
 
     def __post_init__(self) -> None:
         _check_floats("Bias", "array", self.array)
+
+    def _dynamic(self) -> tuple[str, ...]:
+        return ("array",)
 
     def evaluate(self, logits: Array, tile: Tile) -> Array:
         return logits + _like(tile.take(self.array, "hts"), logits)
@@ -125,13 +136,19 @@ class ALiBi(Score):
     """
 
     axes: ClassVar = {"slopes": "h", "offset": ""}
+    reads: ClassVar = "qk"
     by_distance: ClassVar = True
     slopes: Array
     offset: Number = 0
 
     def __post_init__(self) -> None:
         _check_floats("ALiBi", "slopes", self.slopes)
-        check_integer("ALiBi", "offset", self.offset)
+        object.__setattr__(self, "offset", check_integer("ALiBi", "offset", self.offset))
+        if isinstance(self.offset, int) and abs(self.offset) > FAR:
+            raise ValueError(f"ALiBi: offset must be within +-2**30, got {self.offset}.")
+
+    def moved(self, start: Array) -> ALiBi:
+        return self.replaced(offset=bounded((1, self.offset), (1, start)))
 
     @classmethod
     def for_heads(cls, num_heads: int, offset: Number = 0) -> ALiBi:
@@ -163,6 +180,7 @@ class RelativeBias(Score):
     """
 
     axes: ClassVar = {"table": ".h", "offset": ""}
+    reads: ClassVar = "qk"
     by_distance: ClassVar = True
     table: Array
     bidirectional: bool = True
@@ -176,9 +194,11 @@ class RelativeBias(Score):
         least = 4 if self.bidirectional else 2
         if self.table.shape[-2] < least:
             raise ValueError(f"RelativeBias: table must have at least {least} buckets, got {describe(self.table)}.")
-        if not isinstance(self.offset, int) or isinstance(self.offset, bool):
-            raise TypeError(f"RelativeBias: offset must be a Python integer, got {describe(self.offset)}.")
-        check_count("RelativeBias: max_distance", self.max_distance)
+        offset = number_of(self.offset)
+        if not isinstance(offset, int):
+            raise TypeError(f"RelativeBias: offset must be an integer that is known, got {describe(self.offset)}.")
+        object.__setattr__(self, "offset", offset)
+        object.__setattr__(self, "max_distance", check_count("RelativeBias: max_distance", self.max_distance))
 
     def evaluate(self, logits: Array, tile: Tile) -> Array:
         table = _like(tile.take(self.table, ".h"), logits)
@@ -207,6 +227,10 @@ class ScoreFn(Score):
     function: Any  # a function when it is given, an IndexFunction from then on
     constants: tuple[Array, ...] = ()
 
+    @property
+    def reads(self) -> str:  # type: ignore[override]  # of each function, not of the class
+        return "".join(index for index, used in zip("bhqk", self.function.uses, strict=True) if used)
+
     def __post_init__(self) -> None:
         function, constants = trace(self.function, score=True, name="ScoreFn")
         object.__setattr__(self, "function", function)
@@ -228,6 +252,7 @@ class Scale(Score):
     """
 
     axes: ClassVar = {"factor": "h"}
+    reads: ClassVar = ""
     broadcasts: ClassVar = True
     factor: Array
 
@@ -251,5 +276,7 @@ def _like(value: Any, logits: Array) -> Any:
 
 
 def _check_floats(node: str, name: str, value: Any) -> None:
+    if isinstance(value, int) and not isinstance(value, bool):  # an axis, in the trees of jax.vmap
+        return
     if not is_array(value) or not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{node}: {name} must be an array of floats, got {describe(value)}.")

@@ -15,10 +15,11 @@ PACKAGE = Path(attnjax.__file__).parent
 
 # Each file imports only from steps before its own. Files of one step do not import each other, but for bench.
 STEPS = [
-    {"core.devices", "core.functions", "core.dropout", "core.mesh_types", "core.softmax", "positions", "profiling"},
+    {"core.devices", "core.functions", "core.dropout", "core.integers", "core.mesh_types", "core.softmax", "profiling"},
     {"core.node"},
     {"core.checks"},
-    {"core.tiles"},
+    {"core.tiles", "positions"},
+    {"core.mask"},
     {"masks", "scores", "core.program", "core.sides", "core.residual"},
     {"core.blocks", "core.placed", "core.tables", "core.split", "core.sharding"},
     {"tuning"},

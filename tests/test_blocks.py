@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import MASKS, SCORES, VARIANTS
 from oracle import Shape
-from problems import FAST_COMPILE, Case, draw, problem
+from problems import FAST_COMPILE, IMPLEMENTATIONS, Case, draw, problem
 
 import attnjax as aj
 from attnjax.kernels import xla
@@ -222,25 +222,66 @@ def test_maps_under_vmap():
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_a_map_is_believed():
-    """Empty blocks are left out and full ones are not masked, whatever the mask says: the lists rule the loops."""
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("blocks", [(4, 6), (16, 16)])
+def test_a_map_by_hand_says_more_than_its_mask(implementation, blocks):
+    """Empty blocks are never seen, full ones whole, and in partial ones the mask decides: on every implementation."""
     shape = Shape(batch=(2,), T=20, S=24, N=4, K=2)
-    x = arrays(shape)
-    rng = np.random.default_rng(0)
-    kinds = jnp.asarray(rng.integers(0, 3, (2, 4, 5, 4)), jnp.int8)
-    block_map = aj.BlockMap(kinds, 20, 24, 4, 6)
+    x, rng, (block_q, block_k) = arrays(shape), np.random.default_rng(0), blocks
+    kinds = jnp.asarray(rng.integers(0, 3, (2, 4, -(-20 // block_q), -(-24 // block_k))))
     mask = aj.Dense(jnp.asarray(rng.random((2, 4, 20, 24)) < 0.5))
-    wide = jnp.repeat(jnp.repeat(kinds, 4, -2), 6, -1)
-    # Two query heads share a key head and are computed together: a block is left out only where both leave it out.
-    pair = wide.reshape(2, 2, 2, 20, 24)
-    both = lambda b: jnp.broadcast_to(b.all(2, keepdims=True), pair.shape).reshape(wide.shape)
-    meant = jnp.where(both(pair == EMPTY), False, jnp.where(both(pair == FULL), True, mask.array))
+    wide = jnp.repeat(jnp.repeat(kinds, block_q, -2), block_k, -1)[..., :20, :24]
+    meant = aj.Dense(jnp.where(wide == EMPTY, False, jnp.where(wide == FULL, True, mask.array)))
     call = lambda x, **options: jnp.sin(aj.attention(x["q"], x["k"], x["v"], **options)).sum()
-    config = xla.Config(lanes=1)
-    got = jit(jax.value_and_grad(functools.partial(call, mask=mask, block_map=block_map, config=config)))(x)
-    want = jit(jax.value_and_grad(functools.partial(call, mask=aj.Dense(meant), implementation="reference")))(x)
+    options = dict(mask=mask, block_map=aj.BlockMap(kinds, 20, 24, *blocks), implementation=implementation)
+    got = jit(jax.value_and_grad(functools.partial(call, **options)))(x)
+    want = jit(jax.value_and_grad(functools.partial(call, mask=meant, implementation="reference")))(x)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_map_of_another_mask_is_one_by_hand(rng):
+    q, k, v = jnp.asarray(rng.normal(size=(3, 16, 2, 4)), jnp.float32)
+    block_map = aj.BlockMap.build(aj.Causal(), 16, 16, block_q=8, block_k=8)
+    assert block_map.built_from == jax.tree.structure(aj.Causal())
+    got = aj.attention(q, k, v, mask=aj.Window(3, 3), block_map=block_map)
+    both = aj.Where(lambda b, h, q, k: ((q < 8) & (k < 8)) | ((q >= 8) & (k >= 8))) & aj.Window(3, 3)
+    want = aj.attention(q, k, v, mask=both | aj.Where(lambda b, h, q, k: (q >= 8) & (k < 8)))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_map_without_what_its_mask_reads_is_refused():
+    """A function of the head, or of the batch entry, that was scanned for one of them only."""
+    q = jnp.zeros((2, 16, 2, 4))
+    call = lambda mask, **options: aj.attention(
+        q, q, q, mask=mask, block_map=aj.BlockMap.build(mask, 16, 16, block_q=8, block_k=8, **options)
+    )
+    by_head = aj.Where(lambda b, h, q, k: (q // 8 == k // 8) == (h == 0), scan=True)
+    by_entry = aj.Causal() & ~aj.Where(lambda b, h, q, k: q % 2 == b, scan=True)
+    with pytest.raises(ValueError, match="block_map was built without heads, .* heads=2"):
+        call(by_head)
+    with pytest.raises(ValueError, match=r"block_map was built without batch, .* batch=\[2\]"):
+        call(by_entry)
+    call(by_head, heads=2), call(by_entry, batch=(2,))
+    with pytest.raises(ValueError, match="Dense.array is bool"):
+        call(aj.Dense(jnp.ones((2, 16, 16), bool)))
+
+
+BY_HAND = {
+    "shape": (lambda: aj.BlockMap(jnp.ones((1, 2, 3), int), 16, 16, 8, 8), ValueError, r"kinds must be .* 2, 2\]"),
+    "rank": (lambda: aj.BlockMap(jnp.ones((2, 2), int), 16, 16, 8, 8), ValueError, "kinds must be"),
+    "negative": (lambda: aj.BlockMap(-jnp.ones((1, 2, 2), int), 16, 16, 8, 8), ValueError, "0, 1 or 2, got -1"),
+    "three": (lambda: aj.BlockMap(np.full((1, 2, 2), 3), 16, 16, 8, 8), ValueError, "0, 1 or 2, got 3"),
+    "floats": (lambda: aj.BlockMap(jnp.ones((1, 2, 2)), 16, 16, 8, 8), TypeError, "kinds must be an array of int"),
+    "no_block": (lambda: aj.BlockMap(jnp.ones((1, 2, 2), int), 16, 16, 0, 8), ValueError, "block_q must be"),
+    "length": (lambda: aj.BlockMap(jnp.ones((1, 2, 2), int), -16, 16, 8, 8), ValueError, "query_length must be"),
+}
+
+
+@pytest.mark.parametrize("make, error, text", BY_HAND.values(), ids=BY_HAND)
+def test_a_map_by_hand_is_checked(make, error, text):
+    with pytest.raises(error, match=f"BlockMap: .*{text}"):
+        make()
 
 
 SEEN = {"score": set(), "mask": set()}  # tiles that were computed, and those whose mask was asked for

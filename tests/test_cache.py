@@ -435,3 +435,49 @@ def test_bad_cuts():
         cache.truncate(jnp.array([1, 2]))
     with pytest.raises(ValueError, match="KVCache: capacity must be an integer of at least 6, got 5"):
         cache.grow(5)
+
+
+class Frames(aj.Mask):
+    """The mask of docs/contributing.md: nothing says how it moves with positions, so it is asked at true ones."""
+
+    axes = {"size": ""}
+    size: int | jax.Array
+
+    def evaluate(self, tile):
+        size = tile.take(self.size, "")
+        return tile.k // size <= tile.q // size
+
+    def blocks(self, grid):
+        size = grid.take(self.size, "")
+        full = grid.k_max // size <= grid.q_min // size
+        empty = grid.k_min // size > grid.q_max // size
+        return np.int8(1) + full.astype(np.int8) - empty.astype(np.int8)
+
+
+class Slope(aj.Score):
+    """A score of a user's own, by distance and head."""
+
+    axes = {"rate": "h"}
+    rate: jax.Array
+
+    def evaluate(self, logits, tile):
+        return logits - tile.take(self.rate, "h") * abs(tile.q - tile.k).astype(logits.dtype)
+
+
+@pytest.mark.parametrize("window", [None, 5], ids=["plain", "ring"])
+def test_masks_and_scores_of_ones_own(window, rng):
+    """5 tokens and then one by one, against the whole in one call: two rows, one of them two tokens behind."""
+    total, first = 12, 5
+    query, key, value = (jnp.asarray(rng.normal(size=(2, total, 2, 4)), jnp.float32) for _ in range(3))
+    mask, score = aj.Causal() & ~(~Frames(jnp.uint8(4)) & ~aj.Prefix(1)), Slope(jnp.array([0.5, 1.5]))
+    causal = aj.Causal() if window is None else aj.Window(window, 0)
+    want = aj.attention(query, key, value, mask=causal & mask, score=score, implementation="reference")
+    step = jax.jit(lambda cache, *new: cache.attend(*new, mask=mask, score=score))
+    cache = aj.KVCache.create(2, total, 2, 4, window=window)
+    lengths = jnp.array([first, first - 2])
+    out, cache = cache.attend(*(x[:, :first] for x in (query, key, value)), lengths=lengths, mask=mask, score=score)
+    np.testing.assert_allclose(out[0], want[0, :first], rtol=1e-5, atol=1e-6)
+    for t in range(first, total):
+        at = jnp.array([t, t - 2])
+        out, cache = step(cache, *(x[jnp.arange(2), at][:, None] for x in (query, key, value)))
+        np.testing.assert_allclose(out[:, 0], want[jnp.arange(2), at], rtol=1e-5, atol=1e-6)

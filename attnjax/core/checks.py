@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from attnjax.core.integers import compressed, fits
 from attnjax.core.node import Node, describe, is_array
 
 Array = jax.Array
@@ -112,52 +114,74 @@ def _check_leaf(name: str, leaf: Any, axes: str, exact: bool, batch: tuple[int, 
 
 
 def check_static_lengths(node: Node, argument: str, query_length: int, key_length: int) -> None:
-    """Prefix and Lengths must not reach beyond the sequence, where their values are known.
+    """Lengths (`limits` of a class) must not reach beyond the sequence, where their values are known.
 
     Raises:
       ValueError: a known length that is larger than T or S.
     """
-    for n, name, limit, letter in _lengths(node, query_length, key_length):
-        value = getattr(n, name)
-        if value is None or isinstance(value, (Tracer, jax.ShapeDtypeStruct)):
-            continue
-        largest = np.max(np.asarray(value), initial=0)
-        if largest > limit:
-            raise ValueError(f"{argument}: {type(n).__name__}.{name} is {largest}, beyond {letter} = {limit}.")
+    for part in node.nodes():
+        for name, letter in part.limits.items():
+            value = getattr(part, name)
+            if value is None or isinstance(value, (Tracer, jax.ShapeDtypeStruct)):
+                continue
+            largest, limit = np.max(np.asarray(value), initial=0), {"t": query_length, "s": key_length}[letter]
+            if largest > limit:
+                beyond = f"beyond {letter.upper()} = {limit}"
+                raise ValueError(f"{argument}: {type(part).__name__}.{name} is {largest}, {beyond}.")
 
 
-def _lengths(node: Any, query_length: int, key_length: int) -> Any:
-    names = {"Prefix": [("length", key_length, "S")]}
-    names["Lengths"] = [("key", key_length, "S"), ("query", query_length, "T")]
-    yield from ((node, *rule) for rule in names.get(type(node).__name__, []))
-    for child in vars(node).values():
-        if isinstance(child, Node):
-            yield from _lengths(child, query_length, key_length)
-
-
-def check_integer(node: str, name: str, value: Any, least: int | None = None) -> None:
-    """An integer, or an array of integers; where its values are known, none below `least`.
+def check_integer(node: str, name: str, value: Any, least: int | None = None) -> Any:
+    """An integer, or an array of integers; where its values are known, none below `least`. NumPy's become int32.
 
     Raises:
       TypeError, ValueError: anything else.
     """
-    if isinstance(value, bool) or not (isinstance(value, (int, np.integer)) or is_array(value)):
+    if isinstance(value, bool) or not (isinstance(value, int) or is_array(value)):
         raise TypeError(f"{node}: {name} must be an integer or an integer array, got {value!r}.")
-    if is_array(value) and not np.issubdtype(value.dtype, np.integer):
+    if is_array(value) and not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(f"{node}: {name} must be integers, got {describe(value)}.")
     known = None if isinstance(value, (Tracer, jax.ShapeDtypeStruct)) else np.asarray(value)
     if least is not None and known is not None and known.size and known.min() < least:
         raise ValueError(f"{node}: {name} must be at least {least}, got {known.min()}.")
+    if not isinstance(value, (np.ndarray, np.generic)):
+        return value
+    if fits(value):
+        return value.astype(np.int32)
+    if not value.ndim:  # a Python integer may have any size
+        return int(value)
+    raise ValueError(f"{node}: {name} must fit 32 bits, got {describe(value)} with values beyond.")
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """An integer of at least `least`.
+def check_integers(node: str, names: Sequence[str], values: Sequence[Any]) -> list[Any]:
+    """Arrays of integers that are compared with each other. Known ones become int32, by rank where they do not fit.
+
+    Raises:
+      TypeError: anything else.
+      ValueError: known ones that do not fit 32 bits beside some that are not known.
+    """
+    values = [np.asarray(value) if isinstance(value, (list, tuple)) else value for value in values]
+    for name, value in zip(names, values, strict=True):
+        if not is_array(value) or not jnp.issubdtype(value.dtype, jnp.integer):
+            raise TypeError(f"{node}: {name} must be an array of integers, got {describe(value)}.")
+    if all(isinstance(value, (np.ndarray, np.generic)) for value in values):
+        return compressed(*map(np.asarray, values))
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, (np.ndarray, np.generic)) and not fits(value):
+            raise ValueError(f"{node}: {name} must fit 32 bits where the others are not known, got {describe(value)}.")
+    known = lambda value: isinstance(value, (np.ndarray, np.generic))
+    return [value.astype(np.int32) if known(value) else value for value in values]
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """An integer of at least `least`, as Python's.
 
     Raises:
       ValueError: anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+    number = number_of(value)
+    if not isinstance(number, int) or number < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    return number
 
 
 def check_scale(scale: Any, heads: int, batch: tuple[int, ...]) -> Any:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from attnjax.core.functions import IndexFunction
+from attnjax.core.integers import settled
 
 Leaf = Any  # jax.Array, numpy array, tracer or ShapeDtypeStruct
 
@@ -30,10 +31,16 @@ class Node:
     `axes` names, for each field that may hold an array, the axes that array has behind its batch axes:
     `h` query heads, `t` query positions, `s` key positions, `.` an axis that is never split.
     `broadcasts`: whether its arrays may lack some of these axes, or have size 1 there.
+    `reads`: which of the tile's indices b, h, q and k its rule reads beside its arrays and the nodes in it. Where less
+    is said, calls are divided over devices by batch entry and head, and a cache need not ask for true positions.
+    `limits`: for fields that are numbers of positions, the letter of the length that they must not exceed.
     """
 
     axes: ClassVar[dict[str, str]] = {}
     broadcasts: ClassVar[bool] = False
+    reads: ClassVar[str] = "bhqk"
+    limits: ClassVar[dict[str, str]] = {}
+    __array_ufunc__: ClassVar[None] = None  # so that NumPy arrays leave `array & mask` to the mask
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
@@ -92,6 +99,37 @@ class Node:
             if isinstance(value, Node):
                 yield from value.nodes()
 
+    def settled(self, query_length: Any, key_length: Any, dtype: Any = None) -> Any:
+        """The node as kernels evaluate it: its integers are int32 that stay in their type when a position is added.
+
+        Args:
+          query_length, key_length: T and S.
+          dtype: of the call; float64 arrays are brought to float32 where it is another.
+        """
+        made = {}
+        for field in self._fields():
+            value = getattr(self, field.name)
+            if isinstance(value, Node):
+                made[field.name] = value.settled(query_length, key_length, dtype)
+            elif field.name in self.axes:
+                made[field.name] = narrowed(settled(value, self.axes[field.name]), dtype)
+        return self.replaced(**{name: new for name, new in made.items() if new is not getattr(self, name)})
+
+    def moved(self, start: Any) -> Any:
+        """The same rule for queries that stand at start, start + 1, ... (`start`: int32 `[*B]`) and not at 0, 1, ...
+
+        `None`: it cannot be said by another node of this class, so that the rule is evaluated at true positions.
+        """
+        return None
+
+    def replaced(self, **fields: Any) -> Any:
+        """The node with other values of fields, which are not checked."""
+        if not fields:
+            return self
+        node = object.__new__(type(self))
+        node.__dict__.update({f.name: getattr(self, f.name) for f in self._fields()} | fields)
+        return node
+
     def functions(self) -> Iterator[IndexFunction]:
         """Yields the functions of indices in it."""
         for node in self.nodes():
@@ -99,6 +137,16 @@ class Node:
                 value = getattr(node, field.name)
                 if isinstance(value, IndexFunction):
                     yield value
+
+    def __eq__(self, other: object) -> bool:
+        """By value; arrays of JAX are equal where they are the same."""
+        if type(self) is not type(other):
+            return False
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in self._fields())
+        return all(_same(*pair) for pair in pairs)
+
+    def __hash__(self) -> int:
+        return hash((type(self), *(_hashed(getattr(self, f.name)) for f in self._fields())))
 
     def __repr__(self) -> str:
         parts = []
@@ -109,6 +157,36 @@ class Node:
             shown = describe(value)
             parts.append(shown if not parts and f.default is dataclasses.MISSING else f"{f.name}={shown}")
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    known = (np.ndarray, np.generic)
+    if isinstance(one, known) and isinstance(other, known):
+        return one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
+    if is_array(one) or is_array(other):
+        return False
+    return type(one) is type(other) and one == other
+
+
+def _hashed(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_hashed, value))
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.dtype, value.shape
+    return id(value) if is_array(value) else value
+
+
+def narrowed(value: Any, dtype: Any) -> Any:
+    """float64 as float32, but in a call of float64."""
+    if dtype is None or dtype == np.float64 or getattr(value, "dtype", None) != np.float64:
+        return value
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(value.shape, np.float32)
+    return value.astype(np.float32)
 
 
 def _is_child(value: Any) -> bool:

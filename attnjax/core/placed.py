@@ -8,38 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attnjax.core.node import is_array
+from attnjax.core.node import Node, is_array
 from attnjax.core.tiles import operand_form
-from attnjax.masks import (
-    And,
-    Causal,
-    Chunked,
-    Dense,
-    Dilated,
-    Lengths,
-    Mask,
-    Not,
-    Or,
-    Permutation,
-    Prefix,
-    Segments,
-    Where,
-    Window,
-)
-from attnjax.scores import ALiBi, Bias, RelativeBias, Score, ScoreFn
+from attnjax.masks import Where
+from attnjax.scores import Score, ScoreFn
 
 Array = jax.Array
-
-_BY_OFFSET = (Causal, Window, Chunked, Dilated, ALiBi)
-_OF_THE_CALL = (Segments, Permutation, Dense, Bias)  # their arrays tell of these queries and keys, wherever they stand
 
 
 def placed(node: Any, batch: tuple[int, ...], start: Array, keys: Array | None = None) -> Any:
     """The node for queries that stand at start, start + 1, ... among keys that stand at `keys`.
 
-    Rules of positions (Causal, Window, Prefix, Where, ALiBi ...) are moved; "aligned to the end" then means no more
-    than aligned, for the last query of all is the last key. Arrays by query and key (Segments, Dense, Bias) are those
-    of the call.
+    A class says of itself what its rule reads (`reads`) and how it moves (`moved`). Rules of positions that say nothing
+    of that are evaluated at true positions. "Aligned to the end" means no more than aligned, for the last query of all
+    is the last key. Arrays by query and key (Segments, Dense, Bias) are those of the call.
 
     Args:
       node: a Mask or Score whose arrays have the batch axes `batch`, or fewer.
@@ -49,30 +31,22 @@ def placed(node: Any, batch: tuple[int, ...], start: Array, keys: Array | None =
     Raises:
       NotImplementedError: a mask or score that needs arrays by key, where keys have places of their own.
     """
-    if isinstance(node, (And, Or)):
-        return type(node)(placed(node.left, batch, start, keys), placed(node.right, batch, start, keys))
-    if isinstance(node, Not):
-        return Not(placed(node.mask, batch, start, keys))
-    if isinstance(node, _OF_THE_CALL):
-        if keys is not None:
-            raise NotImplementedError(
-                f"{type(node).__name__} has an array by key, and a ring's keys have no fixed places: use a cache "
-                "without window, or attnjax.Where(function)."
-            )
-        return node
-    moves = isinstance(node, (*_BY_OFFSET, RelativeBias, Where, ScoreFn)) or getattr(node, "query", None) is not None
-    if not moves and (keys is None or not isinstance(node, (Prefix, Lengths))):
-        return node  # says nothing of positions, or of keys' alone
-    if keys is None and isinstance(node, _BY_OFFSET):
-        moved = {"offset": jnp.asarray(node.offset, start.dtype) + start}
-        return dataclasses.replace(node, **moved, **({"at_end": False} if isinstance(node, Mask) else {}))
-    if keys is None and isinstance(node, Lengths):
-        return Lengths(node.key, jnp.maximum(jnp.asarray(node.query, start.dtype) - start, 0))
-    return _function(node, batch, start, keys)
+    if keys is not None and any("s" in axes for _, _, axes in node.own_operands()):
+        raise NotImplementedError(
+            f"{type(node).__name__} has an array by key, and a ring's keys have no fixed places: use a cache "
+            "without window, or attnjax.Where(function)."
+        )
+    if not set(node.reads) & set("qk"):
+        fields = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+        parts = {name: placed(x, batch, start, keys) for name, x in fields.items() if isinstance(x, Node)}
+        return node.replaced(**parts)
+    moved = node.moved(start) if keys is None else None
+    return _function(node, batch, start, keys) if moved is None else moved
 
 
 def _function(node: Any, batch: tuple[int, ...], start: Array, keys: Array | None) -> Any:
     """The rule of a mask or score for one pair, as a function of where the two stand."""
+    node = node.settled(0, 0)
     rows = jnp.broadcast_to(start, batch).reshape(-1)
     places = None if keys is None else jnp.broadcast_to(keys, (*batch, keys.shape[-1])).reshape(-1, keys.shape[-1])
     leaves, structure = jax.tree.flatten(node)
@@ -81,7 +55,7 @@ def _function(node: Any, batch: tuple[int, ...], start: Array, keys: Array | Non
 
     def rule(b: Array, h: Array, q: Array, k: Array, logits: Array | None = None) -> Array:
         own = jax.tree.unflatten(structure, [leaf[0 if leaf.shape[0] == 1 else b] for leaf in by_row])
-        pair = _Pair(b, h, rows[b] + q, k if places is None else places[b, k])
+        pair = _Pair(b, h, rows[b] + q, k if places is None else places[b, k], (q, k))
         return own.evaluate(pair) if logits is None else own.evaluate(logits, pair)
 
     if isinstance(node, Score):
@@ -103,13 +77,19 @@ class _Pair:
 
     query_length = key_length = 0  # nothing is aligned to an end
 
-    def __init__(self, b: Array, h: Array, q: Array, k: Array):
+    def __init__(self, b: Array, h: Array, q: Array, k: Array, number: tuple[Array, Array]):
+        """`q` and `k` say where the two stand; `number`, the how-manieth of the call they are."""
         self.b, self.h, self.q, self.k = b, h, q, k
+        self._at = dict(zip("hts", (h, *number), strict=True))
 
     def take(self, array: Any, axes: str) -> Any:
         if not is_array(array) or not axes:
             return array
-        return array[self.h if array.shape[0] > 1 else 0] if axes == "h" else array[:, self.h].reshape(1, -1)
+        if "." in axes:  # a table, in the form that by_distance wants: [1, rows]
+            return array[:, self.h].reshape(1, -1)
+        for axis, letter in reversed(list(enumerate(axes))):
+            array = jnp.take(array, self._at[letter] if array.shape[axis] > 1 else 0, axis=axis)
+        return array
 
     def inverted(self, seen: Array) -> Array:
         return ~seen

@@ -69,12 +69,12 @@ class Program:
         return names.get(position, f"operand {position}")
 
     def reads_index(self) -> tuple[bool, bool]:
-        """Whether anything but arrays tells batch entries apart, and heads: a function of indices."""
+        """Whether anything but arrays tells batch entries apart, and heads: a rule that reads indices."""
         read = [False, False]
         for structure in (*self.mask, *self.scores):
             node = jax.tree.unflatten(structure, [np.zeros(()) for _ in range(structure.num_leaves)])
-            for function in node.functions():
-                read = [a or b for a, b in zip(read, function.uses[:2], strict=True)]
+            for part in node.nodes():
+                read = [known or index in part.reads for known, index in zip(read, "bh", strict=True)]
         return read[0], read[1]
 
     def sinks_of(self, operands: list[Any]) -> Array | None:

@@ -7,12 +7,14 @@ A kernel that cannot run JAX on its tiles (C++, say) evaluates a mask from these
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnjax.core.integers import same_as_int32
 from attnjax.core.node import is_array
 from attnjax.core.tiles import Sizes, Tile, tile_form
 
@@ -100,6 +102,14 @@ class SidedTile:
             return Sided(side, array[..., None] if side is None else array, self.sizes)
         raise NotSeparable(f"an array with axes {axes!r}")
 
+    @property
+    def b(self) -> Any:
+        raise NotSeparable("the number of the batch entry")
+
+    @property
+    def h(self) -> Any:
+        raise NotSeparable("the number of the head")
+
     def inverted(self, seen: Any) -> Any:
         return ~seen
 
@@ -116,6 +126,8 @@ class SidedTile:
 class Sided:
     """Numbers by query, by key, or by neither: `values` are `[*batch or 1, T, S or 1]`."""
 
+    __array_ufunc__ = None  # so that NumPy's numbers leave what is added to them to this class
+
     def __init__(self, side: str | None, values: Any, sizes: Sizes):
         self.side, self.values, self.sizes = side, values, sizes
 
@@ -130,20 +142,6 @@ class Sided:
         side, values = self._with(other)
         return Sided(side, function(self.values, values), self.sizes)
 
-    def __add__(self, other: Any) -> Sided:
-        return self._made(other, lambda a, b: a + b)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Sided:
-        return self._made(other, lambda a, b: a - b)
-
-    def __floordiv__(self, other: Any) -> Sided:
-        return self._made(other, lambda a, b: a // b)
-
-    def __mod__(self, other: Any) -> Sided:
-        return self._made(other, lambda a, b: a % b)
-
     def __and__(self, other: Any) -> Any:
         return self._joined(other, lambda a, b: a & b) or as_rule(self) & other
 
@@ -152,6 +150,21 @@ class Sided:
 
     def __invert__(self) -> Sided:
         return Sided(self.side, ~self.values, self.sizes)
+
+    def __neg__(self) -> Sided:
+        return Sided(self.side, -self.values, self.sizes)
+
+    def __abs__(self) -> Sided:
+        return Sided(self.side, abs(self.values), self.sizes)
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotSeparable(f"{name!r} of an index")
+
+    def __jax_array__(self) -> Any:
+        raise NotSeparable("a function of jax.numpy")
+
+    def __bool__(self) -> bool:
+        raise NotSeparable("a branch")
 
     def _joined(self, other: Any, function: Any) -> Sided | None:
         """Booleans of one side stay numbers of that side."""
@@ -191,6 +204,20 @@ class Sided:
         return xp.broadcast_to(self.values, shape)
 
 
+def _arithmetic(operation: Any) -> tuple[Any, Any]:
+    """What an operator does with a number of the same side, or of none, standing first and standing second."""
+    return (
+        lambda self, other: self._made(other, operation),
+        lambda self, other: self._made(other, lambda a, b: operation(b, a)),
+    )
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "xor", "lshift", "rshift"):
+    _first, _second = _arithmetic(getattr(operator, _name))
+    setattr(Sided, f"__{_name}__", _first)
+    setattr(Sided, f"__r{_name}__", _second)
+
+
 _MIRRORED = {
     "less_equal": "greater_equal",
     "less": "greater",
@@ -222,24 +249,14 @@ def as_rule(seen: Any) -> Rule:
 
 
 def _comparison(operator: str, key: Sided, query: Sided) -> Rule:
-    """Both sides as int32. Where one holds more, numbers beyond that are above, or below, all that the other holds.
-
-    Raises:
-      NotSeparable: both hold more.
-    """
-    wide = [x for x in (key, query) if not np.can_cast(x.values.dtype, np.int32)]
-    if len(wide) == 2:
-        raise NotSeparable("integers of more than 32 bits on both sides")
-    if not wide:
-        return Comparison(operator, key.whole().astype(np.int32), query.whole().astype(np.int32))
-    (side,) = wide
-    dtype, limits = side.values.dtype, np.iinfo(np.int32)
-    low, high = (dtype.type(x) for x in (max(limits.min, np.iinfo(dtype).min), min(limits.max, np.iinfo(dtype).max)))
-    xp = np if isinstance(side.values, np.ndarray) else jnp
-    clipped = Sided(side.side, xp.clip(side.values, low, high).astype(np.int32), side.sizes)
-    rule = _comparison(operator, *(clipped if x is side else x for x in (key, query)))
-    rule &= as_rule((side >= low) & (side <= high))
-    if operator == "equal":
-        return rule
-    certain = side > high if (side is query) == operator.startswith("less") else side < low
-    return rule | as_rule(certain)
+    """Both sides as int32; numbers of more bits as several, of which the upper ones decide, where they differ."""
+    words = list(zip(*same_as_int32(key.values, query.values), strict=True))
+    compare = lambda operator, keys, queries: Comparison(
+        operator, Sided("key", keys, key.sizes).whole(), Sided("query", queries, key.sizes).whole()
+    )
+    rule: Rule = compare(operator, *words[-1])
+    for keys, queries in reversed(words[:-1]):
+        rule &= compare("equal", keys, queries)
+        if operator != "equal":
+            rule |= compare(operator.removesuffix("_equal"), keys, queries)
+    return rule

@@ -23,6 +23,7 @@ from attnjax.core.functions import IndexFunction
 from attnjax.core.node import Node, is_array
 
 Array = jax.Array
+_LEAST_AND_MOST = ((np.min, jnp.min), (np.max, jnp.max))
 Values = Any  # an array of indices, or a Python integer
 
 
@@ -216,17 +217,17 @@ class Grid:
     def ends(self, array: Any, axes: str) -> tuple[Any, Any]:
         """Smallest and largest value of a leaf in each block: two arrays that broadcast to the grid."""
         batch_ndim = len(self.sizes.batch)
-        array = array.astype(np.uint8) if array.dtype == np.bool_ else array
         low = high = array
+        least, most = ((np.all, jnp.all), (np.any, jnp.any)) if array.dtype == np.bool_ else _LEAST_AND_MOST
         for axis, letter in enumerate(axes):
             block = {"t": self.block_q, "s": self.block_k}.get(letter)
             if block and array.shape[batch_ndim + axis] > 1:
-                low = _reduce(low, batch_ndim + axis, block, np.min, jnp.min)
-                high = _reduce(high, batch_ndim + axis, block, np.max, jnp.max)
+                low = _reduce(low, batch_ndim + axis, block, *least)
+                high = _reduce(high, batch_ndim + axis, block, *most)
         shape = [array.shape[batch_ndim + axes.index("h")] if "h" in axes else 1]
         shape += [low.shape[batch_ndim + axes.index(a)] if a in axes else 1 for a in "ts"]
         low, high = (x.reshape(*x.shape[:batch_ndim], *shape) for x in (low, high))
-        return (low, high) if array.dtype != np.uint8 else (low != 0, high != 0)
+        return low, high
 
     def scan(self, mask: Any, uses: tuple[bool, ...]) -> Array:
         """Looks at every pair, a block at a time: int8 `[*batch or 1, heads or 1, query blocks, key blocks]`."""
@@ -260,9 +261,9 @@ def everything(
 ) -> tuple[Tile, Any, bool]:
     """One tile with all pairs, the node ready to be evaluated on it, and whether it has neither batch nor heads."""
     sizes = _sizes_of(node, query_length, key_length, batch, heads)
-    rows = slice(0, query_length)
     plain = not sizes.batch and sizes.heads == 1 and heads == 1 and not _has_heads(node)
-    return *_rows(node, sizes, rows), plain
+    settled = node.settled(query_length, key_length, np.float32)
+    return *_rows(settled, sizes, slice(0, query_length)), plain
 
 
 def rows_of(
@@ -270,6 +271,7 @@ def rows_of(
 ) -> Iterator[tuple[Tile, Any]]:
     """The same a few rows at a time, at most about four million pairs each."""
     sizes = _sizes_of(node, query_length, key_length, batch, heads)
+    node = node.settled(query_length, key_length, np.float32)
     step = max(1, 2**22 // max(1, math.prod(sizes.batch) * sizes.heads * key_length))
     for start in range(0, query_length, step):
         yield _rows(node, sizes, slice(start, min(start + step, query_length)))

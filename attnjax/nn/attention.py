@@ -7,14 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
 from attnjax.attention import Dropout, attention
 from attnjax.cache import KVCache
 from attnjax.core.node import is_array
-from attnjax.masks import And, Causal, Chunked, Lengths, Mask, Window, as_mask
+from attnjax.masks import Lengths, Mask, as_mask
 from attnjax.nn.checks import (
     check_input,
     check_lengths,
@@ -395,26 +394,13 @@ def _all_of(*masks: Any) -> Mask | None:
     return combined
 
 
-def _parts(mask: Any) -> list[Any]:
-    """The masks that are combined by `&`."""
-    return [*_parts(mask.left), *_parts(mask.right)] if isinstance(mask, And) else [mask]
-
-
-def _is_causal(mask: Any) -> bool:
+def _is_causal(mask: Mask | None) -> bool:
     """Whether it is known that no query sees a later key."""
-    at_most = lambda value, limit: isinstance(value, (int, np.integer)) and value <= limit
-    return any(
-        isinstance(part, (Causal, Window))
-        and at_most(part.offset, 0)
-        and (isinstance(part, Causal) or at_most(part.right, 0))
-        for part in _parts(mask)
-    )
+    after = None if mask is None else mask.reach()[1]
+    return after is not None and after <= 0
 
 
-def _reach(mask: Any) -> int | None:
+def _reach(mask: Mask | None) -> int | None:
     """How many keys before its own a query sees at most; `None` where that is not known."""
-    whole = (int, np.integer)
-    lefts = [(part.left, part.offset) for part in _parts(mask) if isinstance(part, Window)]
-    lefts += [(part.size - 1, part.offset) for part in _parts(mask) if isinstance(part, Chunked)]
-    reaches = [int(left) - int(o) for left, o in lefts if isinstance(left, whole) and isinstance(o, whole)]
-    return max(min(reaches), 0) if reaches else None
+    before = None if mask is None else mask.reach()[0]
+    return None if before is None else max(before, 0)
