@@ -404,3 +404,43 @@ def test_other_configs_that_do_not_fit_are_refused(make, says):
 def test_inputs_that_do_not_fit_are_refused(config, call, error, says):
     with pytest.raises(error, match=says):
         call(build(config))
+
+
+def test_max_length_counts_what_caches_hold():
+    """Also where nothing else would tell, as with RoPE; with learned positions all logits would be NaN."""
+    for positions in (RoPE(), "learned"):
+        config = DecoderConfig(53, features=8, num_heads=2, num_layers=1, max_length=8, positions=positions)
+        model, tokens = build(config), draw(2, 5)
+        _, caches = model(tokens, caches=model.create_caches(2, 32))
+        with pytest.raises(ValueError, match="DecoderLM: with what the caches hold, a row has 10 tokens, more"):
+            model(tokens, caches=caches)
+        logits, _ = model(tokens, caches=caches, lengths=jnp.array([3, 0]))  # the others are padding
+        assert jnp.isfinite(logits[0, :3]).all()
+        with pytest.raises(ValueError, match="a row has 9 tokens, more than max_length = 8"):
+            model(tokens, caches=caches, lengths=jnp.array([3, 4]))
+        logits, caches = model(tokens[:, :3], caches=caches)
+        assert jnp.isfinite(logits).all() and caches[0].length.tolist() == [8, 8]
+    config = dataclasses.replace(TRANSFORMER, max_length=4)
+    model = build(config)
+    memory = model.encode(draw(2, 4))
+    _, caches = model.hidden(draw(2, 4), memory=memory, caches=model.create_caches(2, 9))
+    with pytest.raises(ValueError, match="Transformer: with what the caches hold, a row has 5 tokens"):
+        model.hidden(draw(2, 1), memory=memory, caches=caches)
+
+
+@pytest.mark.parametrize("rates", [dict(dropout=0.1), dict(attention_dropout=0.1)], ids=lambda rates: "".join(rates))
+@pytest.mark.parametrize("scan", [False, True])
+def test_nothing_is_dropped_with_caches(rates, scan):
+    """A model that is being trained says so, whichever of its rates it is."""
+    decoder = build(dataclasses.replace(DECODERS["llama"], num_layers=1, scan=scan, **rates))
+    transformer = build(dataclasses.replace(TRANSFORMER, encoder_layers=1, decoder_layers=1, scan=scan, **rates))
+    memory = transformer.encode(draw(2, 4))
+    for model, options in ((decoder, {}), (transformer, dict(memory=memory))):
+        run = lambda model=model, options=options, **more: model.hidden(
+            draw(2, 3), caches=model.create_caches(2, 8), **options, **more
+        )[0]
+        with pytest.raises(ValueError, match="a call with a cache has no dropout: call eval.. or pass determ"):
+            run()
+        expected = run(deterministic=True)
+        model.eval()
+        np.testing.assert_array_equal(run(), expected)

@@ -609,7 +609,7 @@ def test_wrong_use_of_caches_and_contexts():
         attend()(x, cache=cache)
     with pytest.raises(ValueError, match="the mask is .Causal.. . Prefix.2.."):
         attend(mask=aj.Causal() | aj.Prefix(2))(x, cache=cache)
-    with pytest.raises(ValueError, match="attention with a cache has no dropout: call eval"):
+    with pytest.raises(ValueError, match="MultiHeadAttention: a call with a cache has no dropout: call eval"):
         layer(x, cache=cache)
     layer.eval()
     with pytest.raises(ValueError, match="sow_weights needs all tokens in one call"):

@@ -8,6 +8,8 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from attnjax.cache import KVCache
 from attnjax.core.checks import check_count
@@ -123,12 +125,14 @@ def check_like_tokens(model: str, name: str, given: Any, tokens: Any) -> None:
         raise ValueError(f"{wanted}, got {describe(given)}.") from None
 
 
-def check_caches(model: str, caches: Any, tokens: Any) -> None:
-    """Caches of the batch axes of tokens `[*B, T]`, or `None`.
+def check_caches(model: str, caches: Any, tokens: Any, lengths: Any, max_length: int | None) -> None:
+    """Caches of the batch axes of tokens `[*B, T]`, or `None`; with the tokens, no row is longer than `max_length`.
+
+    Under `jit` nobody knows how long rows are. `lengths` says how many of the T tokens are real.
 
     Raises:
       TypeError: no sequence of caches.
-      ValueError: other batch axes.
+      ValueError: other batch axes, or rows that are too long.
     """
     if caches is None:
         return
@@ -142,6 +146,15 @@ def check_caches(model: str, caches: Any, tokens: Any) -> None:
         raise ValueError(
             f"{model}: caches have the batch axes {list(caches[0].batch)}, and those of tokens {describe(tokens)} are "
             f"{list(batch)}: give create_caches the batch of tokens."
+        )
+    added = tokens.shape[-1] if lengths is None else lengths
+    if max_length is None or any(isinstance(x, Tracer) for x in (caches[0].length, added)):
+        return
+    longest = int(np.max(jax.device_get(caches[0].length) + jax.device_get(added), initial=0))
+    if longest > max_length:
+        raise ValueError(
+            f"{model}: with what the caches hold, a row has {longest} tokens, more than max_length = {max_length}: "
+            "make a model with a larger max_length."
         )
 
 

@@ -205,7 +205,7 @@ class DecoderLM(nnx.Module):
         check_tokens("DecoderLM", "tokens", tokens, c.max_length)
         check_like_tokens("DecoderLM", "positions", positions, tokens)
         check_like_tokens("DecoderLM", "segments", segments, tokens)
-        check_caches("DecoderLM", caches, tokens)
+        check_caches("DecoderLM", caches, tokens, lengths, c.max_length)
         if segments is not None and caches is not None:
             raise ValueError("DecoderLM: segments are for whole documents without caches: leave one of them out.")
         count = tokens.shape[-1]

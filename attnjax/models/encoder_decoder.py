@@ -187,7 +187,7 @@ class Transformer(nnx.Module):
     ) -> Any:
         """What goes into the last layer for tokens of the target, `[*B, T, features]`; with caches a pair."""
         check_tokens("Transformer", "target", tokens, self.config.max_length)
-        check_caches("Transformer", caches, tokens)
+        check_caches("Transformer", caches, tokens, lengths, self.config.max_length)
         _check_memory(memory, tokens)
         count = tokens.shape[-1]
         placed: Any = np.arange(count, dtype=np.int32) if caches is None else caches[0].positions(count)

@@ -68,7 +68,8 @@ def attention_fn(
       precision: see above.
       module: a Flax module that sows the weights.
       promote_dtype: a function of `(query, key, value)` and `dtype`, in place of a plain conversion.
-      is_causal: query t sees keys s <= t.
+      is_causal: query t sees keys s <= t, counted from 0 in each call. Leave it out where a Flax module decodes step by
+        step: the mask of its own cache is causal.
       force_fp32_for_softmax: see above.
       einsum_dot_general, qk_attn_weights_einsum, attn_weights_value_einsum: products of one's own; not possible here.
       score, scale, sinks, implementation: as in `attnjax.attention`, to be set by `functools.partial`.
@@ -77,7 +78,7 @@ def attention_fn(
       `[*B, T, N, V]`.
 
     Raises:
-      TypeError, ValueError: arguments that do not fit.
+      TypeError, ValueError: arguments that do not fit, such as is_causal in a step of decoding.
       NotImplementedError: products of one's own.
 
     Example:
@@ -107,6 +108,12 @@ def attention_fn(
         if not is_array(mask):
             raise TypeError(f"mask must be an array or an attnjax Mask, got {describe(mask)}.")
         mask = as_mask(mask if mask.dtype == jnp.bool_ else mask != 0)
+    if is_causal and mask is not None and query.shape[-3] == 1 < key.shape[-3]:
+        raise ValueError(
+            f"is_causal is for all queries at once: the single query {describe(query)} would see the first of the keys "
+            f"{describe(key)} only. In a module that decodes (decode=True), leave is_causal out: the mask of "
+            "its cache is causal. Elsewhere give mask=attnjax.Causal(offset)."
+        )
     if is_causal:
         mask = Causal() if mask is None else Causal() & mask
     options: dict[str, Any] = dict(

@@ -18,6 +18,7 @@ from attnjax.nn.checks import (
     check_input,
     check_lengths,
     check_name,
+    check_no_dropout,
     check_positions,
     check_rate,
     check_rngs,
@@ -329,8 +330,7 @@ class MultiHeadAttention(nnx.Module):
                 f"{name}: the cache is a ring of window {cache.window} and the mask, {mask}, reaches further: "
                 f"combine it with attnjax.Window(left={cache.window}, right=0)."
             )
-        if dropout is not None:
-            raise ValueError(f"{name}: attention with a cache has no dropout: call eval() or pass deterministic=True.")
+        check_no_dropout(type(self).__name__, 0.0 if dropout is None else self.dropout, None)
         if sow_weights:
             raise ValueError(f"{name}: sow_weights needs all tokens in one call, without a cache.")
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from attnjax.cache import KVCache
 from attnjax.masks import Causal, Mask
 from attnjax.nn.attention import MultiHeadAttention
-from attnjax.nn.checks import check_input, check_rate, dropout_stream
+from attnjax.nn.checks import check_input, check_no_dropout, check_rate, dropout_stream
 from attnjax.nn.feed_forward import FeedForward
 from attnjax.nn.layers import default_bias_init, default_kernel_init, make_norm
 from attnjax.scores import Score
@@ -199,7 +199,8 @@ class DecoderBlock(nnx.Module):
           context: `[*B, S, context_features]`, with cross=True.
           context_mask: which tokens of x see which of the context, such as `attnjax.Lengths(key=lengths)`.
           keys_values: `keys_values(context)`, in place of the context.
-          mask, score, positions, cache, lengths: of the first attention, as in `MultiHeadAttention`.
+          mask, score, positions, cache, lengths: of the first attention, as in `MultiHeadAttention`. With a cache
+            nothing may be dropped.
           deterministic, rngs, sow_weights: as in `MultiHeadAttention`.
 
         Returns:
@@ -216,6 +217,10 @@ class DecoderBlock(nnx.Module):
         options: dict[str, Any] = dict(
             **random, mask=mask, score=score, positions=positions, lengths=lengths, sow_weights=sow_weights
         )
+        if cache is not None:
+            still = self.dropout.deterministic if deterministic is None else deterministic
+            rates = (self.dropout.rate, 0.0 if self.cross is None else self.cross.dropout)
+            check_no_dropout("DecoderBlock", max(rates), still)
         new_cache = None
 
         def attend(y: Array) -> Array:

@@ -128,6 +128,18 @@ def check_rngs(module: str, rngs: Any) -> None:
         )
 
 
+def check_no_dropout(module: str, rate: float, deterministic: bool | None) -> None:
+    """Nothing is dropped in calls with a cache, which are for use: not in attention, nor in what is around it.
+
+    Raises:
+      ValueError: something would be dropped.
+    """
+    if rate and not deterministic:
+        raise ValueError(
+            f"attnjax.nn.{module}: a call with a cache has no dropout: call eval() or pass deterministic=True."
+        )
+
+
 def dropout_stream(module: str, rate: float, rngs: Any) -> Any:
     """A stream of random keys for dropout, forked from `rngs`; `None` where nothing is dropped.
 
