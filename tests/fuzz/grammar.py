@@ -95,7 +95,7 @@ def _looked_up(draw: Drawing) -> Text:
         return f"({at_('q')} == {at_('k')})", lambda at: read(at, "q") == read(at, "k")
     if draw.chance(0.5):
         return f"({at_('k')} + 1 > {at_('q')})", lambda at: read(at, "k") + np.asarray(1, dtype) > read(at, "q")
-    return f"({at_('k')} > {base})", lambda at: read(at, "k") > base
+    return f"({at_('k')} > np.{dtype}({base}))", lambda at: read(at, "k") > base
 
 
 def _numbered(draw: Drawing) -> Text:
@@ -128,7 +128,7 @@ def _by_float(draw: Drawing) -> Text:
 def _odd_one(draw: Drawing) -> Text:
     """A loop, a callback."""
     name = draw.per_round([draw.between(1, 3), draw.between(4, 6)])
-    if draw.chance(0.7):
+    if draw.divided or draw.chance(0.7):
         text = f"(jax.lax.fori_loop(0, 3, lambda i, t: t + (q >> i) * {name} + k, 0) % 3 > 0)"
         summed = lambda at: sum((at.letter("q") >> i) * at.get(name) + at.letter("k") for i in range(3))
         return text, lambda at: summed(at) % 3 > 0
@@ -235,7 +235,7 @@ def whole(draw: Drawing) -> Text:
     if draw.chance(0.08):
         name = draw.floating((max(draw.sizes.S, 1),), "float32")
         return f"{name}[k]", lambda at: tape.take(at.var(name), at.letter("k"))
-    if draw.chance(0.08):
+    if draw.chance(0.08) and not draw.tiny:
         return "jnp.log(s * s)", lambda at: tape.log(at.s * at.s)
     return expression(draw, draw.between(1, 3))
 

@@ -224,6 +224,7 @@ def expected(
     lse_places: tuple[int, ...],
     stored: Sequence[str],
     orders: int,
+    lse: Any = 0.0,
 ) -> list[Any]:
     """For each result the oracle's array and the largest error that is allowed.
 
@@ -232,9 +233,11 @@ def expected(
       lse_places: which of the results are log-sum-exps (or their tangents): float32 in a call of 16 bits.
       stored: the dtype of each result: that of an array, for its gradient, which is rounded to it.
       orders: in how many orders the plain formula is tried.
+      lse: for derivatives the log-sum-exps: they remake the weights as exp(s - lse), of which lse was rounded.
     """
     answer = _run(make(None, False), x, get, Precision("float64"))
-    eps = [max(EPS[dtype], EPS[kind]) for kind in stored]
+    remade = _largest(lse) * EPS["float64" if dtype == "float64" else "float32"]
+    eps = [max(EPS[dtype], EPS[kind]) + remade for kind in stored]
     errors = lambda kind: _errors(make, x, get, kind, answer, orders)
     if dtype == "float64":
         single = [np.asarray(error) * EPS["float64"] / EPS["float32"] for error in errors("float32")]
@@ -251,6 +254,11 @@ def _run(function: Callable, x: Arrays, get: Callable, precision: Precision) -> 
     with np.errstate(all="ignore"):
         made = function({name: Var(np.asarray(a).astype(np.float64), precision) for name, a in x.items()}, get)
         return [y.value.astype(np.float64) for y in made]
+
+
+def plainly(function: Callable, x: Arrays, get: Callable) -> list[np.ndarray]:
+    """What the function gives in float64."""
+    return _run(function, x, get, Precision("float64"))
 
 
 def _errors(make: Callable, x: Arrays, get: Callable, kind: str, answer: list[np.ndarray], orders: int) -> list[float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +66,7 @@ class Program:
 
     Attributes:
       make: from (seed of an order, late) to the oracle's function (x, get) -> list of arrays.
+      values: the oracle's function (x, get) -> [out, lse], without derivatives.
       has_lse: whether the second result is a log-sum-exp or its tangent.
       by_name: the results are a dictionary of what x has.
     """
@@ -73,6 +76,7 @@ class Program:
     letters: str
     make: Callable[[int | None, bool], Callable]
     has_lse: bool
+    values: Callable
     level_inputs: Callable[[Any, Any], tuple[list[Any], list[Any]]]
 
     @property
@@ -149,8 +153,7 @@ def _poisoned(program: Program, problem: Problem) -> Program:
     """The program with NaN and infinities in every key, value and query that takes part in no visible pair."""
     draw, z = program.draw, problem.sizes
     lines, rounds = [], []
-    space = {"__name__": "drawn"}
-    exec(program.text.split("def attend(")[0], space)
+    space = executed(program.text.split("def attend(")[0])
     for r in range(draw.rounds):
         with space["jax"].enable_x64(draw.x64):
             _, d, c, _, _ = space["inputs"](r)
@@ -158,7 +161,7 @@ def _poisoned(program: Program, problem: Problem) -> Program:
         seen = np.ones((z.B, z.N, z.T, z.S), bool)
         if problem.visible is not None:
             seen = np.broadcast_to(np.asarray(problem.visible(Index(z), known.__getitem__), bool), seen.shape)
-        keys = seen.reshape(z.B, z.K, -1, z.S).any(2).swapaxes(1, 2)
+        keys = seen.reshape(z.B, z.K, z.N // z.K, z.T, z.S).any((2, 3)).swapaxes(1, 2)
         queries = seen.any(-1).swapaxes(1, 2)
         rounds.append([np.flatnonzero(~side).tolist() for side in (queries, keys, keys)])
     for n, (name, bad) in enumerate((("query", "nan"), ("key", "nan"), ("value", draw.one_of(["inf", "nan"])))):
@@ -170,6 +173,13 @@ def _poisoned(program: Program, problem: Problem) -> Program:
     marker = "    u, ct = ["
     text = program.text.replace(marker, "".join(f"    {line}\n" for line in lines) + marker, 1)
     return dataclasses.replace(program, text=text)
+
+
+def executed(text: str) -> dict[str, Any]:
+    """The names that a program defines."""
+    module = sys.modules["fuzzed"] = types.ModuleType("fuzzed")  # classes that it defines look for their module
+    exec(compile(text, "<fuzzed>", "exec"), vars(module))
+    return vars(module)
 
 
 def _query_key_value(draw: Drawing) -> None:
@@ -187,6 +197,9 @@ def _options(draw: Drawing) -> tuple[dict[str, str], Problem]:
     """Arguments of attention behind query, key and value, and the same in the words of the oracle."""
     z, options = draw.sizes, {}
     visible, scores, scale, sinks, dropout = None, (), None, None, None
+    if draw.chance(0.3):
+        options["scale"], scale = _scale(draw)
+    draw.tiny = scale in (0.0, 1e-30)
     if draw.one_sided or draw.chance(0.85):
         text, visible = parts.mask(draw, draw.between(0, 4 if draw.chance(0.4) else 1))
         if draw.one_sided:
@@ -197,8 +210,6 @@ def _options(draw: Drawing) -> tuple[dict[str, str], Problem]:
         made = [parts.score(draw) for _ in range(1 if draw.one_sided else draw.between(1, 3))]
         options["score"] = f"({', '.join(text for text, _ in made)},)"
         scores = tuple(rule for _, rule in made)
-    if draw.chance(0.3):
-        options["scale"], scale = _scale(draw)
     if draw.chance(0.2):
         form = draw.one_of(["{}", "{} * 20.0", "{} - jnp.inf"] if draw.mode == "" else ["{}"])
         sinks = draw.floating((z.N,), draw.one_of(["float32", draw.dtype]), form)
@@ -324,6 +335,7 @@ def _mesh(rng: np.random.Generator) -> Program:
     """Arrays divided over four simulated devices by batch entry and by head."""
     letters = str(rng.choice(["", "r", "r", "f", "fr"]))
     draw = _drawing(rng, letters, modes=False)
+    draw.divided = True
     z = draw.sizes
     draw.sizes = dataclasses.replace(z, batch=(2, *z.batch[1:2]), N=4, K=draw.one_of([2, 4]), V=max(z.V, 1))
     if 0 in draw.sizes.batch:
@@ -334,9 +346,8 @@ def _mesh(rng: np.random.Generator) -> Program:
     options, problem = _options(draw)
     if draw.mapped:  # the axis that is mapped may be the one that is divided
         for name in ("query", "key", "value"):
-            draw.x_axes[name] = draw.x_axes[name] if draw.x_axes[name] is None else 0
-            if draw.x_axes[name] == 0:
-                draw.x[name] = f"normal({draw.number()}, {(2, *_shape_of(draw, name))}, {draw.dtype!r})"
+            draw.x_axes[name] = 0
+            draw.x[name] = f"normal({draw.number()}, {(2, *_shape_of(draw, name))}, {draw.dtype!r})"
     text = "".join(f", {name}={value}" for name, value in options.items())
     implementation = draw.one_of(
         ["", ', implementation="cpu"', ', implementation="xla"', ', implementation="reference"']
@@ -402,15 +413,15 @@ def _program(
         rounds=draw.rounds,
     )
 
-    def make(order, late):
-        one = lambda x, get: attend(problem, x, get, order_of(z, order), late)[: 1 + has_lse]
+    def make(order, late, results=1 + has_lse):
+        one = lambda x, get: attend(problem, x, get, order_of(z, order), late)[:results]
         return one if not draw.mapped else mapped(one, draw.x_axes, draw.d_axes, draw.mapped)
 
     def level_inputs(u, ct):
         flat = lambda tree: tree if not isinstance(tree, dict) else [tree[name] for name in sorted(tree)]
         return u, [None if c is None else list(flat(c)) for c in ct]
 
-    return Program(text, draw, letters, make, has_lse and "r" not in letters, level_inputs)
+    return Program(text, draw, letters, make, has_lse and "r" not in letters, make(None, False, 2), level_inputs)
 
 
 def _levels(draw: Drawing, letters: str) -> str:

@@ -14,14 +14,13 @@ import sys
 import threading
 import time
 import traceback
-import types
 import warnings
 from typing import Any
 
 import numpy as np
 
-from fuzz.oracle import expected, worst
-from fuzz.programs import Program, answer, drawn
+from fuzz.oracle import expected, plainly, worst
+from fuzz.programs import Program, answer, drawn, executed
 
 # Arguments that do not fit are refused by name: a mask, a score, an argument of attention, a method of the cache.
 NAMED = re.compile(
@@ -48,9 +47,7 @@ def check(program: Program) -> tuple[str, str]:
     """Runs the program in this process. Whether it passed, was refused or failed, and why."""
     import jax
 
-    module = sys.modules["fuzzed"] = types.ModuleType("fuzzed")  # classes that it defines look for their module
-    space = vars(module)
-    exec(compile(program.text, "<fuzzed>", "exec"), space)
+    space = executed(program.text)
     wrong: list[str] = []
     with warnings.catch_warnings(), jax.enable_x64(program.draw.x64):
         warnings.simplefilter("ignore")
@@ -79,8 +76,9 @@ def compare(program: Program, got: Any, inputs: tuple[Any, ...], orders: int) ->
     got = [got[name] for name in names] if program.by_name else list(got)
     dtypes = [a.dtype for a in (x[name] for name in names)] if program.by_name else [x["query"].dtype, None]
     make, call = answer(program, number[1], number[2]), program.draw.dtype
+    lse = plainly(program.values, number[0], known.__getitem__)[1] if program.letters else 0.0
     stored = [call if dtype is None else str(dtype) for dtype in dtypes][: len(got)]
-    wants = expected(make, number[0], known.__getitem__, call, (1,) if program.has_lse else (), stored, orders)
+    wants = expected(make, number[0], known.__getitem__, call, (1,) if program.has_lse else (), stored, orders, lse)
     lines = []
     for name, one, dtype, (want, allowed) in zip(names, got, dtypes, wants, strict=False):
         value = np.asarray(one)
