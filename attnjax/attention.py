@@ -45,10 +45,12 @@ class Dropout:
     seed: Any = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)):
-            raise TypeError(f"Dropout: rate must be a Python number, got {type(self.rate).__name__}.")
-        if not 0 <= self.rate < 1:
+        rate = checks.number_of(self.rate)
+        if rate is None:
+            raise TypeError(f"Dropout: rate must be a number that is known, got {type(self.rate).__name__}.")
+        if not 0 <= rate < 1:
             raise ValueError(f"Dropout: rate must be in [0, 1), got {self.rate}.")
+        object.__setattr__(self, "rate", rate)
         if self.seed is None:
             raise ValueError("Dropout: seed is missing: give an integer (or integer array), another one at every step.")
         integer = isinstance(self.seed, (int, np.integer)) and not isinstance(self.seed, bool)
@@ -57,6 +59,11 @@ class Dropout:
             raise TypeError(
                 f"Dropout: seed must be an integer or an integer array, got {kind}. From a PRNG key: "
                 "jax.random.bits(rng)."
+            )
+        if not integer and self.seed.dtype == np.uint32 and tuple(self.seed.shape) == (2,):
+            raise ValueError(
+                "Dropout: seed is uint32[2], which is what jax.random.PRNGKey gives. From a PRNG key: "
+                "jax.random.bits(rng). Seeds of two batch entries: seeds.astype(jnp.int32)."
             )
 
 
@@ -127,6 +134,11 @@ def attention(
     References:
       Dao, "FlashAttention-2", 2023. Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021.
     """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{name} is a jax.ShapeDtypeStruct, no array: attnjax.explain and jax.eval_shape take such."
+            )
     problem, operands = build(
         query,
         key,
@@ -349,8 +361,8 @@ def chunked_attention(
       Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021.
     """
     for name, size in (("query_chunk_size", query_chunk_size), ("key_chunk_size", key_chunk_size)):
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"{name} must be an integer of at least 1 or None, got {size!r}.")
+        if size is not None:
+            checks.check_count(name, size)
     if options.get("config") is not None:
         raise ValueError("chunked_attention takes its chunk sizes in place of config: leave config out.")
     options = {**options, "config": xla.Config(block_q=query_chunk_size, block_k=key_chunk_size)}
@@ -400,20 +412,26 @@ def dot_product_attention(
       >>> bool(abs(dot_product_attention(q, k, v) - jax.nn.dot_product_attention(q, k, v)).max() < 1e-5)
       True
     """
-    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    named = (("query", query), ("key", key), ("value", value))
+    for name, x in named:
+        if not (is_array(x) or isinstance(x, (list, tuple))):
+            raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
+    query, key, value = (jnp.asarray(x) for _, x in named)
     if query.ndim not in (3, 4):
         raise ValueError(
             f"query must be [B, T, N, H] or [T, N, H], got {describe(query)}; attnjax.attention takes any batch axes."
         )
     parts: list[Mask] = []
     if mask is not None:
-        parts.append(as_mask(jnp.asarray(mask)))
+        parts.append(as_mask(_pairs(mask, query.ndim)))
     if is_causal:
         parts.append(Causal())
     if local_window_size is not None:
-        both = (local_window_size,) * 2 if isinstance(local_window_size, int) else tuple(local_window_size)
-        if len(both) != 2:
-            raise ValueError(f"local_window_size must be an integer or (left, right), got {local_window_size}.")
+        size = checks.number_of(local_window_size)
+        given = (size, size) if size is not None else local_window_size
+        both = [checks.number_of(x) for x in given] if isinstance(given, (tuple, list)) else []
+        if len(both) != 2 or not all(isinstance(x, int) for x in both):
+            raise ValueError(f"local_window_size must be an integer or (left, right), got {local_window_size!r}.")
         left, right = both
         parts.append(Window(left, right))
     if query_seq_lengths is not None or key_value_seq_lengths is not None:
@@ -426,12 +444,18 @@ def dot_product_attention(
         key,
         value,
         mask=combined,
-        score=None if bias is None else Bias(jnp.asarray(bias)),
+        score=None if bias is None else Bias(_pairs(bias, query.ndim)),
         scale=scale,
         implementation=implementation,
         return_lse=return_residual,
     )
     return made
+
+
+def _pairs(array: Any, ndim: int) -> Any:
+    """A mask or bias; that of a query without batch axis may have one of size 1, as in jax.nn."""
+    array = jnp.asarray(array)
+    return array[0] if ndim == 3 and array.ndim == 4 and array.shape[0] == 1 else array
 
 
 def _lengths(lengths: Any, ndim: int) -> Any:

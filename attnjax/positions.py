@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
+
+from attnjax.core.checks import check_count, number_of
 
 Array = jax.Array
 
@@ -201,8 +204,10 @@ class RoPE:
     def __post_init__(self) -> None:
         for name in ("theta", "fraction"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+            number = number_of(value)
+            if number is None:
                 raise TypeError(f"RoPE: {name} must be a number, got {value!r}.")
+            object.__setattr__(self, name, number)
         if not 1 < self.theta < math.inf:
             raise ValueError(f"RoPE: theta must be greater than 1 and finite, got {self.theta}.")
         if not 0 < self.fraction <= 1:
@@ -305,8 +310,7 @@ def sinusoidal(length: int, features: int) -> Float[Array, "T D"]:
     References:
       Vaswani et al., "Attention Is All You Need", 2017, section 3.5.
     """
-    if not isinstance(length, (int, np.integer)) or length < 1:
-        raise ValueError(f"length must be an integer of at least 1, got {length!r}.")
+    length, features = check_count("length", length), _even(features)
     angles = np.arange(length)[:, None] * sinusoidal_frequencies(features)
     table = np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(length, features)
     return jnp.asarray(table, jnp.float32)
@@ -314,9 +318,15 @@ def sinusoidal(length: int, features: int) -> Float[Array, "T D"]:
 
 def sinusoidal_frequencies(features: int) -> np.ndarray:
     """Radians per token of each pair of `sinusoidal`: float64 `[features / 2]`."""
-    if not isinstance(features, (int, np.integer)) or features < 2 or features % 2:
-        raise ValueError(f"features must be an even integer of at least 2, got {features!r}.")
+    features = _even(features)
     return 10000.0 ** (-np.arange(0, features, 2) / features)
+
+
+def _even(features: Any) -> int:
+    number = number_of(features)
+    if not isinstance(number, int) or number < 2 or number % 2:
+        raise ValueError(f"features must be an even integer of at least 2, got {features!r}.")
+    return number
 
 
 def alibi_slopes(num_heads: int) -> Array:
@@ -339,8 +349,7 @@ def alibi_slopes(num_heads: int) -> Array:
     References:
       Press et al., "Train Short, Test Long: Attention with Linear Biases", 2022, section 3 and its code.
     """
-    if not isinstance(num_heads, (int, np.integer)) or num_heads < 1:
-        raise ValueError(f"num_heads must be an integer of at least 1, got {num_heads!r}.")
+    num_heads = check_count("num_heads", num_heads)
     power = 2 ** int(np.floor(np.log2(num_heads)))
     geometric = lambda n: 2.0 ** (-8.0 / n * np.arange(1, n + 1))
     slopes = np.concatenate([geometric(power), geometric(2 * power)[::2][: num_heads - power]])
@@ -397,5 +406,7 @@ def relative_position_bucket(
 def _check_positive(scaling: object, *names: str) -> None:
     for name in names:
         value = getattr(scaling, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        number = number_of(value)
+        if number is None or not 0 < number < math.inf:
             raise ValueError(f"{type(scaling).__name__}: {name} must be a positive number, got {value!r}.")
+        object.__setattr__(scaling, name, number)

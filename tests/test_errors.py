@@ -3,6 +3,7 @@
 Padding and empty shapes, which are not bad input, are in test_edges.
 """
 
+import functools
 import re
 
 import jax
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 import attnjax as aj
-from attnjax.kernels import cpu, xla
+from attnjax.kernels import cpu, triton, xla
+from attnjax.models import DecoderConfig, Sampling
+from attnjax.positions import RoPE, YaRN, alibi_slopes, sinusoidal
 
 
 def floats(*shape, dtype=jnp.float32):
@@ -246,8 +249,8 @@ def test_scales_and_sinks_that_do_not_fit(bad, error, text):
     ("all", lambda: aj.Dropout(1.0, 1), ValueError, "Dropout: rate must be in [0, 1), got 1.0"),
     ("negative", lambda: aj.Dropout(-0.1, 1), ValueError, "Dropout: rate must be in [0, 1), got -0.1"),
     ("nan", lambda: aj.Dropout(float("nan"), 1), ValueError, "Dropout: rate must be in [0, 1), got nan"),
-    ("text", lambda: aj.Dropout("a", 1), TypeError, "Dropout: rate must be a Python number, got str"),
-    ("array", lambda: aj.Dropout(jnp.float32(0.1), 1), TypeError, "Dropout: rate must be a Python number"),
+    ("text", lambda: aj.Dropout("a", 1), TypeError, "Dropout: rate must be a number that is known, got str"),
+    ("array", lambda: aj.Dropout(floats(2), 1), TypeError, "Dropout: rate must be a number that is known"),
     ("no_seed", lambda: aj.Dropout(0.1), ValueError, "Dropout: seed is missing"),
     ("float_seed", lambda: aj.Dropout(0.1, 1.5), TypeError, "Dropout: seed must be an integer"),
     ("key", lambda: aj.Dropout(0.1, jax.random.key(0)), TypeError, "Dropout: seed must be...jax.random.bits(rng)"),
@@ -349,13 +352,13 @@ def test_block_maps_that_do_not_fit(bad, error, text):
         "query_chunk",
         lambda: aj.chunked_attention(Q, KEY, VALUE, query_chunk_size=0),
         ValueError,
-        "query_chunk_size must be an integer of at least 1 or None, got 0",
+        "query_chunk_size must be an integer of at least 1, got 0",
     ),
     (
         "key_chunk",
         lambda: aj.chunked_attention(Q, KEY, VALUE, key_chunk_size=1.5),
         ValueError,
-        "key_chunk_size must be an integer of at least 1 or None, got 1.5",
+        "key_chunk_size must be an integer of at least 1, got 1.5",
     ),
     (
         "chunk_and_config",
@@ -417,3 +420,118 @@ def test_numpy_arrays_are_arrays():
     got = call(q, k, v, score=aj.Bias(bias), sinks=sinks)
     want = call(*(jnp.asarray(x) for x in (q, k, v)), score=aj.Bias(jnp.asarray(bias)), sinks=jnp.asarray(sinks))
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+@every(
+    (
+        "key",
+        lambda: call(jax.random.split(jax.random.key(0), (B, T, N, H))),
+        TypeError,
+        "query must be ...got key<fry>",
+    ),
+    ("described", lambda: call(jax.ShapeDtypeStruct(Q.shape, Q.dtype)), TypeError, "query is a jax.ShapeDtypeStruct"),
+    ("name", lambda: call(implementation=["xla"]), ValueError, "implementation ['xla'] is unknown"),
+    ("jax_nn", lambda: aj.dot_product_attention(None, KEY, KEY), TypeError, "query must be an array, got NoneType"),
+    (
+        "jax_nn_window",
+        lambda: aj.dot_product_attention(Q, KEY, KEY, local_window_size=1.5),
+        ValueError,
+        "local_window_size must be an integer or (left, right), got 1.5",
+    ),
+    ("mask", lambda: aj.Mask(), TypeError, "Mask is the base of masks"),
+    ("score", lambda: aj.Score(), TypeError, "Score is the base of scores"),
+    ("density", lambda: aj.Causal().density(-2, 3), ValueError, "query_length must be an integer of at least 0"),
+    (
+        "deep",
+        lambda: functools.reduce(lambda a, b: a & b, [aj.Causal(n) for n in range(1000)]),
+        ValueError,
+        "masks are nested 201 deep",
+    ),
+    (
+        "old_key",
+        lambda: aj.Dropout(0.1, jax.random.PRNGKey(1)),
+        ValueError,
+        "Dropout: seed is uint32[2]...jax.random.bits(rng)",
+    ),
+    ("key_as_seed", lambda: aj.Dropout(0.1, jax.random.key(1)), TypeError, "Dropout: seed...jax.random.bits(rng)"),
+    (
+        "wide_bounds",
+        lambda: aj.Window(np.array([2**40, 1])),
+        ValueError,
+        "Window: left must fit 32 bits, got int64[2] with values beyond",
+    ),
+    ("wide_alibi", lambda: aj.ALiBi(floats(N), 2**40), ValueError, "ALiBi: offset must be within +-2**30"),
+)
+def test_errors_have_names(bad, error, text):
+    check(bad, error, text)
+
+
+def test_numbers_of_numpy_and_jax_are_numbers():
+    """One check for all numbers that are known; booleans are none. They are kept as Python's."""
+    for whole, real in ((np.int64(4), np.float32(0.5)), (jnp.int32(4), jnp.float32(0.5)), (np.array(4), np.array(0.5))):
+        made = [
+            YaRN(whole, whole),
+            RoPE(theta=whole, fraction=real),
+            aj.Dropout(real, seed=1),
+            xla.Config(block_q=whole),
+            triton.Config(splits=whole),
+            aj.SoftCap(float(real)),
+            Sampling(temperature=real, top_k=whole),
+            DecoderConfig(
+                vocab_size=whole, features=whole, num_heads=whole, num_layers=whole, dropout=real, positions=RoPE()
+            ),
+        ]
+        for one in made:
+            hash(one)
+            assert not any(isinstance(x, (np.generic, np.ndarray, jax.Array)) for x in vars(one).values()), one
+        assert sinusoidal(whole, whole).shape == (4, 4) and alibi_slopes(whole).shape == (4,)
+        assert aj.KVCache.create(2, whole, 2, 4).capacity == 4
+    with pytest.raises(ValueError, match="YaRN: original_length must be a positive number, got True"):
+        YaRN(4.0, True)
+
+
+def test_masks_and_scores_are_equal_by_value():
+    """As static arguments those that say the same compile once."""
+    table = jnp.ones(4)
+    pairs = [
+        lambda: aj.Causal(),
+        lambda: aj.Causal(3) & ~aj.Window(2, 0),
+        lambda: aj.ALiBi(table, 2),
+        lambda: aj.SoftCap(2.0),
+    ]
+    for n, make in enumerate(pairs):
+        assert make() == make() and hash(make()) == hash(make())
+        assert all(make() != other() for other in pairs[n + 1 :])
+    assert aj.Causal(2) != aj.Causal(3) and aj.ALiBi(table) != aj.ALiBi(jnp.ones(4))
+    traces = []
+    f = jax.jit(lambda mask: traces.append(mask) or mask.to_array(3, 3), static_argnums=0)
+    f(aj.Causal(1) | aj.Prefix(2)), f(aj.Causal(1) | aj.Prefix(2))
+    assert len(traces) == 1
+
+
+def test_numpy_arrays_stand_on_both_sides_of_a_mask():
+    array = np.arange(9).reshape(3, 3) % 2 == 0
+    for mask in (array & aj.Causal(), aj.Causal() & array):
+        np.testing.assert_array_equal(mask.to_array(3, 3), np.tril(array))
+    np.testing.assert_array_equal((array | aj.Causal()).to_array(3, 3), array | np.tri(3, dtype=bool))
+
+
+def test_masks_may_be_trees_of_axes():
+    """What `jax.vmap` takes as in_axes: numbers, or nothing, in the places of arrays."""
+    ids, keys = jnp.arange(6).reshape(2, 3) % 2, jnp.arange(3) % 2
+    look = jax.vmap(lambda mask: mask.to_array(3, 3), in_axes=(aj.Segments(0, None),))
+    got = look(aj.Segments(ids, keys))
+    np.testing.assert_array_equal(got, ids[:, :, None] == keys)
+    dense = jax.vmap(lambda mask: mask.to_array(3, 3), in_axes=(aj.Dense(1),))(aj.Dense(jnp.ones((3, 2, 3), bool)))
+    assert dense.shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize("kind", ["mask", "bias"])
+def test_a_query_without_batch_takes_masks_with_one(kind, rng):
+    """As jax.nn.dot_product_attention, which this one replaces: [1, N, T, S] beside [T, N, H]."""
+    q, k, v = (jnp.asarray(rng.normal(size=(n, 4, 8)), jnp.float32) for n in (5, 7, 7))
+    array = rng.random((1, 4, 5, 7)) < 0.7 if kind == "mask" else rng.normal(size=(1, 4, 5, 7)).astype(np.float32)
+    array[..., 0] = 1
+    options = {kind: jnp.asarray(array)}
+    want = jax.nn.dot_product_attention(q, k, v, **options)
+    np.testing.assert_allclose(aj.dot_product_attention(q, k, v, **options), want, rtol=1e-5, atol=1e-6)

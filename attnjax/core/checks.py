@@ -30,7 +30,7 @@ def check_arrays(query: Any, key: Any, value: Any) -> None:
             raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
         if not jnp.issubdtype(x.dtype, jnp.floating) or jnp.finfo(x.dtype).bits < 16:
             raise TypeError(
-                f"{name} must be float64, float32, bfloat16 or float16, got {np.dtype(x.dtype).name}: convert it with "
+                f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}: convert it with "
                 f"{name}.astype(jnp.float32)."
             )
     context = " ".join(f"{name} {_dims(x.shape)}," for name, x in named.items())[:-1] + "."
@@ -181,6 +181,18 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     number = number_of(value)
     if not isinstance(number, int) or number < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+    return number
+
+
+def check_rate(name: str, value: Any) -> float:
+    """A number in [0, 1), as Python's.
+
+    Raises:
+      ValueError: anything else.
+    """
+    number = number_of(value)
+    if number is None or not 0 <= number < 1:
+        raise ValueError(f"{name} must be a number in [0, 1), got {value!r}.")
     return number
 
 

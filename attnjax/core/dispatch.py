@@ -46,7 +46,7 @@ class Choice:
 
 def check_name(implementation: str | None) -> None:
     """Raises `ValueError` for a name that is no implementation."""
-    if implementation is None or implementation in KERNELS:
+    if implementation is None or (isinstance(implementation, str) and implementation in KERNELS):
         return
     near = difflib.get_close_matches(str(implementation), KERNELS, n=1, cutoff=0.3)
     hint = f" Did you mean {near[0]!r}?" if near else ""

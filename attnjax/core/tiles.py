@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnjax.core.checks import check_leaves
+from attnjax.core.checks import check_count, check_leaves
 from attnjax.core.functions import IndexFunction
 from attnjax.core.node import Node, is_array
 
@@ -291,6 +291,7 @@ def _rows(node: Node, sizes: Sizes, rows: slice) -> tuple[Tile, Any]:
 
 
 def _sizes_of(node: Node, query_length: int, key_length: int, batch: tuple[int, ...], heads: int) -> Sizes:
+    query_length, key_length = check_count("query_length", query_length, 0), check_count("key_length", key_length, 0)
     for _, leaf, axes in node.operands():
         shape = tuple(leaf.shape)
         own = len(shape) - len(axes)

@@ -25,6 +25,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from attnjax.core.checks import number_of
 from attnjax.core.devices import gpus
 from attnjax.core.parts import Chunks, Parts, Refs
 from attnjax.core.program import Problem
@@ -78,7 +79,10 @@ class Config:
                     raise ValueError(f"Config: {name} must be True or False, got {value!r}.")
                 continue
             allowed = {"warps": (1, 2, 4, 8), "stages": range(1, 6), "splits": range(1, 257)}.get(name, _BLOCKS)
-            if value is not None and (type(value) is not int or value not in allowed):
+            number = number_of(value)
+            if isinstance(number, int) and number in allowed:
+                object.__setattr__(self, field.name, number)
+            elif value is not None:
                 shown = f"from 1 to {allowed[-1]}" if isinstance(allowed, range) else f"one of {list(allowed)}"
                 raise ValueError(f"Config: {field.name} must be {shown} or None, got {value!r}.")
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnjax.core.checks import check_count
 from attnjax.core.program import Problem, Program
 from attnjax.core.softmax import (
     Rows,
@@ -51,8 +52,8 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"Config: {field.name} must be an integer of at least 1 or None, got {value!r}.")
+            if value is not None:
+                object.__setattr__(self, field.name, check_count(f"Config: {field.name}", value))
 
 
 def unsupported(problem: Problem, operands: list[Any], platform: str, part: str) -> str | None:

@@ -76,8 +76,7 @@ def save(
       10
     """
     check_count("step", step, least=0)
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-        raise ValueError(f"keep must be an integer of at least 1 or None, got {keep!r}.")
+    keep = None if keep is None else check_count("keep", keep)
     step, path = int(step), folders.directory_of(directory)
     leaves = _leaves(model, optimizer)
     for name, leaf in leaves.items():

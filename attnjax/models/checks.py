@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from attnjax.cache import KVCache
-from attnjax.core.checks import check_count
+from attnjax.core.checks import check_count, check_rate, number_of
 from attnjax.core.node import describe, is_array
 from attnjax.positions import RoPE
 
@@ -25,11 +25,9 @@ def check_config(config: Any, *sizes: str, rates: tuple[str, ...] = ("dropout", 
     """
     name = type(config).__name__
     for field in sizes:
-        check_count(f"{name}: {field}", getattr(config, field))
+        object.__setattr__(config, field, check_count(f"{name}: {field}", getattr(config, field)))
     for field in rates:
-        rate = getattr(config, field)
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
-            raise ValueError(f"{name}: {field} must be a number in [0, 1), got {rate!r}.")
+        object.__setattr__(config, field, check_rate(f"{name}: {field}", getattr(config, field)))
     if getattr(config, "head_size", None) is None and config.features % config.num_heads:
         raise ValueError(
             f"{name}: features = {config.features} must be a multiple of num_heads = {config.num_heads}"
@@ -79,7 +77,12 @@ def check_windows(config: Any) -> None:
     """
     name, windows = type(config).__name__, config.windows
     right = isinstance(windows, tuple) and len(windows) > 0
-    if not right or any(w is not None and (isinstance(w, bool) or not isinstance(w, int) or w < 0) for w in windows):
+    if right:
+        windows = tuple(
+            window if window is None or number_of(window) is None else number_of(window) for window in windows
+        )
+        object.__setattr__(config, "windows", windows)
+    if not right or any(w is not None and (not isinstance(w, int) or isinstance(w, bool) or w < 0) for w in windows):
         raise ValueError(f"{name}: windows must be a tuple of integers of at least 0, or None, got {windows!r}.")
     if config.scan and len(windows) > 1:
         raise ValueError(f"{name}: scan=True needs equal layers, and windows = {windows!r} differ: leave scan out.")

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
+from attnjax.core.checks import check_count
 from attnjax.masks import Mask, Segments, Window, as_mask
 from attnjax.models.checks import (
     check_choice,
@@ -93,8 +94,7 @@ class EncoderConfig:
         check_config(self, "vocab_size", "features", "num_heads", "num_layers", *optional)
         check_positions(self, "learned", "sinusoidal", "alibi", "none")
         check_windows(self)
-        if isinstance(self.num_types, bool) or not isinstance(self.num_types, int) or self.num_types < 0:
-            raise ValueError(f"EncoderConfig: num_types must be an integer of at least 0, got {self.num_types!r}.")
+        object.__setattr__(self, "num_types", check_count("EncoderConfig: num_types", self.num_types, least=0))
 
 
 class Encoder(nnx.Module):

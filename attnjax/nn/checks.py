@@ -10,7 +10,8 @@ import chex
 import jax.numpy as jnp
 from flax import nnx
 
-from attnjax.core.checks import check_count
+from attnjax.core import checks
+from attnjax.core.checks import check_count, number_of
 from attnjax.core.node import describe, is_array
 
 
@@ -71,7 +72,7 @@ def check_lengths(module: str, lengths: Any, batch: tuple[int, ...]) -> None:
     Raises:
       TypeError, ValueError: others.
     """
-    if isinstance(lengths, int) and not isinstance(lengths, bool):
+    if isinstance(number_of(lengths), int):
         return
     wanted = f"attnjax.nn.{module}: lengths must be integers {list(batch)}, one for each row"
     if not is_array(lengths) or not jnp.issubdtype(lengths.dtype, jnp.integer):
@@ -97,8 +98,7 @@ def check_rate(module: str, name: str, value: Any) -> None:
     Raises:
       ValueError: anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"attnjax.nn.{module}: {name} must be a number in [0, 1), got {value!r}.")
+    checks.check_rate(f"attnjax.nn.{module}: {name}", value)
 
 
 def check_name(module: str, argument: str, given: Any, known: Iterable[str]) -> None:
