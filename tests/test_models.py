@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from small_models import DECODERS, ENCODER, SMALL, TRANSFORMER, VISION, build, draw
 
+from attnjax import Segments
 from attnjax.models import (
     DecoderConfig,
     Encoder,
@@ -347,7 +348,7 @@ def test_other_configs_that_do_not_fit_are_refused(make, says):
             DECODERS["gpt"],
             lambda m: m(draw(1, 3), segments=draw(1, 3), caches=m.create_caches(1, 5)),
             ValueError,
-            "segments are for whole documents without caches",
+            "with caches, segments must be attnjax.Segments",
         ),
         (
             DECODERS["gpt"],
@@ -444,3 +445,25 @@ def test_nothing_is_dropped_with_caches(rates, scan):
         expected = run(deterministic=True)
         model.eval()
         np.testing.assert_array_equal(run(), expected)
+
+
+def test_documents_and_caches():
+    """Segments by the ids of tokens and of the caches' slots: in pieces as in one call."""
+    tokens, ids = draw(2, 11), jnp.asarray(np.array([[0] * 4 + [1] * 7, [3] * 8 + [1] * 3]))
+    places = jnp.asarray(np.array([[*range(4), *range(7)], [*range(8), *range(3)]]))
+    for name in ("gpt", "alibi"):
+        model = build(DECODERS[name])
+        want = model(tokens, segments=ids)
+
+        @nnx.jit
+        def run(model, tokens):
+            caches, outs = model.create_caches(2, 11), []
+            for part in (slice(0, 6), slice(6, 7), slice(7, 11)):
+                rules = dict(segments=Segments(ids[:, part], ids), positions=places[:, part])
+                out, caches = model(tokens[:, part], caches=caches, **rules)
+                outs.append(out)
+            return jnp.concatenate(outs, 1)
+
+        np.testing.assert_allclose(run(model, tokens), want, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match=r"with caches, segments must be attnjax.Segments\(ids, held\)"):
+        model(tokens, segments=ids, caches=model.create_caches(2, 11))

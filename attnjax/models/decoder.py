@@ -158,7 +158,7 @@ class DecoderLM(nnx.Module):
         tokens: Int[Array, "*B T"],
         *,
         positions: Int[Array, "*B T"] | None = None,
-        segments: Int[Array, "*B T"] | None = None,
+        segments: Int[Array, "*B T"] | Segments | None = None,
         caches: Sequence[KVCache] | None = None,
         lengths: Int[Array, "*B"] | None = None,
         deterministic: bool | None = None,
@@ -171,7 +171,8 @@ class DecoderLM(nnx.Module):
           positions: integers `[T]` or `[*B, T]`, where tokens stand. Default: 0, 1, ...; from 0 in each segment; after
             what the caches hold.
           segments: integers `[*B, T]`: tokens see only those with the same number, as for packed documents. Tokens of
-            a document stand together.
+            a document stand together. With caches, `attnjax.Segments(ids, held)` with the ids `[*B, T]` of the tokens
+            and `[*B, S]` of the caches' slots; positions are then to be given, and layers have no windows.
           caches: of the tokens so far, from `create_caches`; one for each layer.
           lengths: integers `[*B]`: how many of the T tokens are real, the others are padding.
           deterministic: no dropout; default: as `eval()` and `train()` have set it.
@@ -194,7 +195,7 @@ class DecoderLM(nnx.Module):
         tokens: Int[Array, "*B T"],
         *,
         positions: Int[Array, "*B T"] | None = None,
-        segments: Int[Array, "*B T"] | None = None,
+        segments: Int[Array, "*B T"] | Segments | None = None,
         caches: Sequence[KVCache] | None = None,
         lengths: Int[Array, "*B"] | None = None,
         deterministic: bool | None = None,
@@ -204,20 +205,24 @@ class DecoderLM(nnx.Module):
         c = self.config
         check_tokens("DecoderLM", "tokens", tokens, c.max_length)
         check_like_tokens("DecoderLM", "positions", positions, tokens)
-        check_like_tokens("DecoderLM", "segments", segments, tokens)
+        ids = segments.query_ids if isinstance(segments, Segments) else segments
+        check_like_tokens("DecoderLM", "segments", ids, tokens)
         check_caches("DecoderLM", caches, tokens, lengths, c.max_length)
-        if segments is not None and caches is not None:
-            raise ValueError("DecoderLM: segments are for whole documents without caches: leave one of them out.")
+        if segments is not None and caches is not None and (segments is ids or positions is None):
+            raise ValueError(
+                "DecoderLM: with caches, segments must be attnjax.Segments(ids, held), integers [*B, T] of the tokens "
+                "and [*B, S] of the caches' slots, and positions must be given: where tokens stand in their documents."
+            )
         count = tokens.shape[-1]
         placed: Any = positions
         if placed is None and caches is not None:
             placed = caches[0].positions(count)
         elif placed is None:
-            placed = np.arange(count, dtype=np.int32) if segments is None else restarting(segments)
+            placed = np.arange(count, dtype=np.int32) if ids is None else restarting(jnp.asarray(ids))
         random: dict[str, Any] = dict(deterministic=deterministic, rngs=rngs)
         made = self.stack(
             self.dropout(self.embed(tokens, placed), **random),
-            mask=None if segments is None else Segments(segments),
+            mask=Segments(segments) if segments is ids is not None else segments,
             score=ALiBi.for_heads(c.num_heads) if c.positions == "alibi" else None,
             positions=placed if isinstance(c.positions, RoPE) else None,
             lengths=lengths,
