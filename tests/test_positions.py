@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from attnjax import attention
+from attnjax.nn import LearnedPositions
 from attnjax.positions import LinearScaling, Llama3Scaling, NTKScaling, RoPE, YaRN, sinusoidal
 
 SCALINGS = {
@@ -190,3 +192,15 @@ def test_bad_input():
         sinusoidal(4, 5)
     with pytest.raises(ValueError, match="length must be an integer of at least 1, got 0"):
         sinusoidal(0, 4)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "uint32"])
+def test_positions_outside_of_a_learned_table_are_nan(dtype):
+    """Before it as well as behind it, in every type of integers."""
+    layer = LearnedPositions(8, 4, rngs=nnx.Rngs(0))
+    limits = np.iinfo(dtype)
+    positions = [n for n in (0, 7, 8, -1, -8, 100, int(limits.max), int(limits.min)) if limits.min <= n <= limits.max]
+    got = jax.jit(layer)(jnp.asarray(np.array(positions, dtype)))
+    for position, row in zip(positions, got, strict=True):
+        inside = 0 <= position < 8
+        np.testing.assert_array_equal(row, layer.embedding[position] if inside else np.full(4, np.nan))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
+from attnjax.core.integers import bounded
 from attnjax.core.node import describe, is_array
 from attnjax.nn.checks import check_size
 from attnjax.nn.layers import Projection, default_bias_init, default_embedding_init, default_kernel_init, named
@@ -65,7 +66,9 @@ class LearnedPositions(nnx.Module):
             raise ValueError(
                 f"attnjax.nn.LearnedPositions: positions are {describe(positions)}, and there are {self.length}."
             )
-        return jnp.take(self.embedding[...].astype(self.dtype), positions, axis=0, mode="fill", fill_value=jnp.nan)
+        table, rows = self.embedding[...].astype(self.dtype), bounded((1, positions))
+        rows = jnp.where(rows < 0, jnp.int32(len(table)), rows)  # which are not counted from the end
+        return jnp.take(table, rows, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 class SinusoidalPositions(nnx.Module):
