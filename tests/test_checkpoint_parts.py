@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import zlib
 
 import jax
@@ -400,6 +402,49 @@ def test_shapes_say_where_arrays_lie(tmp_path):
     assert {x.sharding for x in jax.tree.leaves(nnx.state(plain))} == {SingleDeviceSharding(jax.devices()[0])}
     same([abstract], [model])
     same([plain], [model])
+
+
+MOVED = """
+import sys, jax, numpy as np
+from flax import nnx
+from attnjax.models import checkpoint
+from attnjax.nn import EncoderBlock, Stack
+names = ["embed", "heads", "key_heads", "size", "mlp", "layers"]
+rules = [(name, "model" if name in ("heads", "key_heads", "mlp") else None) for name in names]
+make = lambda scan=False: Stack(lambda rngs: EncoderBlock(16, 8, 16, rngs=rngs), 2, scan=scan, rngs=nnx.Rngs(0))
+whole, divisions = make(), []
+for kind in jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit:
+    for i, shape in enumerate([(2, 4), (8, 1), (1, 8)]):
+        mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(kind,) * 2)
+        with nnx.logical_axis_rules(rules), jax.set_mesh(mesh):
+            if i == 0:
+                placed = nnx.eval_shape(make)
+                checkpoint.save(sys.argv[1], whole, step=1, overwrite=True)
+                checkpoint.restore(sys.argv[1], placed)
+                checkpoint.save(sys.argv[1], placed, step=1, overwrite=True)
+            for scan in (False, True):
+                got = nnx.eval_shape(lambda: make(scan))
+                checkpoint.restore(sys.argv[1], got)
+                kernel = (got.layers if scan else got.layers[1]).attention.query.kernel[...]
+                divisions.append(8 // kernel.addressable_shards[0].data.shape[-2])
+                alone = whole.layers[1].attention.query.kernel[...]
+                np.testing.assert_array_equal(np.asarray(kernel)[1] if scan else np.asarray(kernel), np.asarray(alone))
+        one = nnx.eval_shape(make)
+        checkpoint.restore(sys.argv[1], one)
+        for x, y in zip(jax.tree.leaves(nnx.state(one)), jax.tree.leaves(nnx.state(whole)), strict=True):
+            assert len(x.sharding.device_set) == 1
+            np.testing.assert_array_equal(x, y)
+print(divisions)
+"""
+
+
+def test_what_one_mesh_saved_another_restores(tmp_path):
+    """google/orbax#648: saved on 2 x 4 devices, restored on 8 x 1, 1 x 8 and one; layers in one array and in many."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", MOVED, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert json.loads(run.stdout) == [4, 4, 1, 1, 8, 8] * 2
 
 
 def test_large_models_are_read_bit_by_bit(tmp_path, monkeypatch):

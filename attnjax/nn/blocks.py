@@ -91,7 +91,7 @@ class EncoderBlock(nnx.Module):
         self.feed_forward = FeedForward(features, hidden, activation=activation, dropout=dropout, **shared)
         norms: dict[str, Any] = dict(kind=norm, size=features, epsilon=epsilon, use_bias=use_bias, **types, rngs=rngs)
         _add_norms(self, ("attention", "feed_forward"), pre_norm, output_norm, norms)
-        _add_dropout(self, dropout, rngs)
+        self.dropout = _dropout(type(self).__name__, dropout, rngs)
 
     def __call__(
         self,
@@ -176,7 +176,7 @@ class DecoderBlock(nnx.Module):
         norms: dict[str, Any] = dict(kind=norm, size=features, epsilon=epsilon, use_bias=use_bias, **types, rngs=rngs)
         parts = ("attention", "cross", "feed_forward") if cross else ("attention", "feed_forward")
         _add_norms(self, parts, pre_norm, output_norm, norms)
-        _add_dropout(self, dropout, rngs)
+        self.dropout = _dropout(type(self).__name__, dropout, rngs)
 
     def __call__(
         self,
@@ -258,10 +258,9 @@ def _add_norms(block: Any, parts: tuple[str, ...], pre_norm: bool, output_norm: 
             setattr(block, f"{part}_{suffix}", nnx.data(made))
 
 
-def _add_dropout(block: Any, rate: float, rngs: nnx.Rngs) -> None:
-    name = type(block).__name__
-    check_rate(name, "dropout", rate)
-    block.dropout = nnx.Dropout(rate, rngs=dropout_stream(name, rate, rngs))
+def _dropout(block: str, rate: float, rngs: nnx.Rngs) -> nnx.Dropout:
+    check_rate(block, "dropout", rate)
+    return nnx.Dropout(rate, rngs=dropout_stream(block, rate, rngs))
 
 
 def _residual(block: Any, part: str, x: Array, run: Callable[[Array], Array], random: dict[str, Any]) -> Array:
