@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnjax.core.checks import check_integer, check_integers, number_of
-from attnjax.core.functions import trace
+from attnjax.core.functions import IndexFunction, trace
 from attnjax.core.integers import bounded, chunk_and_offset, same_as_int32, stride_and_offset
 from attnjax.core.mask import And as And
 from attnjax.core.mask import Dense as Dense
@@ -394,9 +394,11 @@ class Where(Mask):
         return "".join(index for index, used in zip("bhqk", self.predicate.uses, strict=True) if used)
 
     def __post_init__(self) -> None:
-        function, constants = trace(self.predicate, score=False, name="Where")
-        object.__setattr__(self, "predicate", function)
-        object.__setattr__(self, "constants", constants)
+        if not isinstance(self.predicate, IndexFunction):  # which it is in dataclasses.replace
+            function, constants = trace(self.predicate, score=False, name="Where")
+            object.__setattr__(self, "_function", self.predicate)  # to be pickled; no part of the pytree
+            object.__setattr__(self, "predicate", function)
+            object.__setattr__(self, "constants", constants)
 
     def evaluate(self, tile: Tile) -> Array:
         return tile.apply(self.predicate, self.constants)

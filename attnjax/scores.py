@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnjax.core.checks import check_count, check_integer, number_of
-from attnjax.core.functions import trace
+from attnjax.core.functions import IndexFunction, trace
 from attnjax.core.integers import FAR, bounded
 from attnjax.core.node import Node, describe, is_array
 from attnjax.core.tiles import Tile, everything
@@ -35,6 +35,15 @@ class Score(Node):
         """The changed logits, of the tile's shape and the logits' dtype."""
         raise NotImplementedError
 
+    def infinities(self, given: bool, dtype: str) -> tuple[bool, bool]:
+        """Whether it may give infinite logits, and whether its derivatives may be infinite, or NaN, at logits that are.
+
+        Args:
+          given: whether the logits may be infinite that it is given.
+          dtype: the type of the logits.
+        """
+        return True, True
+
     def to_array(self, query_length: int, key_length: int, *, batch: tuple[int, ...] = (), heads: int = 1) -> Array:
         """What the score makes of logits that are all zero, for looking at.
 
@@ -57,6 +66,11 @@ class Score(Node):
         logits = jnp.broadcast_to(node.evaluate(jnp.zeros(tile.shape, jnp.float32), tile), tile.shape)
         logits = logits.reshape(*logits.shape[:-4], tile.heads, query_length, key_length)
         return logits[0] if plain else logits
+
+
+def _added(self: Score, given: bool, dtype: str) -> tuple[bool, bool]:
+    """`infinities` of what is added to logits: its arrays may hold -inf, and its derivatives are finite."""
+    return True, False
 
 
 class SoftCap(Score):
@@ -88,7 +102,13 @@ class SoftCap(Score):
 
     def evaluate(self, logits: Array, tile: Tile) -> Array:
         cap = _like(tile.take(self.cap, ""), logits)
-        return cap * jnp.tanh(logits / cap)
+        if not is_array(cap):
+            return cap * jnp.tanh(logits / cap)
+        below = logits == -jnp.inf  # where the derivative by the cap would be inf * 0
+        return cap * jnp.where(below, -1, jnp.tanh(jnp.where(below, jnp.zeros_like(logits), logits) / cap))
+
+    def infinities(self, given: bool, dtype: str) -> tuple[bool, bool]:
+        return False, False
 
 
 class Bias(Score):
@@ -117,6 +137,8 @@ class Bias(Score):
 
     def evaluate(self, logits: Array, tile: Tile) -> Array:
         return logits + _like(tile.take(self.array, "hts"), logits)
+
+    infinities = _added
 
 
 class ALiBi(Score):
@@ -158,6 +180,8 @@ class ALiBi(Score):
     def evaluate(self, logits: Array, tile: Tile) -> Array:
         distance = jnp.abs(tile.q + tile.take(self.offset, "") - tile.k)
         return logits - _like(tile.take(self.slopes, "h"), logits) * distance.astype(logits.dtype)
+
+    infinities = _added
 
 
 class RelativeBias(Score):
@@ -206,6 +230,8 @@ class RelativeBias(Score):
         bias = lambda distance: table[..., relative_position_bucket(distance - self.offset, **rules)]
         return logits + tile.by_distance(bias)
 
+    infinities = _added
+
 
 class ScoreFn(Score):
     """A score given as a Python function of scalars: `function(score, b, h, q, k) -> score`.
@@ -232,12 +258,17 @@ class ScoreFn(Score):
         return "".join(index for index, used in zip("bhqk", self.function.uses, strict=True) if used)
 
     def __post_init__(self) -> None:
-        function, constants = trace(self.function, score=True, name="ScoreFn")
-        object.__setattr__(self, "function", function)
-        object.__setattr__(self, "constants", constants)
+        if not isinstance(self.function, IndexFunction):  # which it is in dataclasses.replace
+            function, constants = trace(self.function, score=True, name="ScoreFn")
+            object.__setattr__(self, "_function", self.function)  # to be pickled; no part of the pytree
+            object.__setattr__(self, "function", function)
+            object.__setattr__(self, "constants", constants)
 
     def evaluate(self, logits: Array, tile: Tile) -> Array:
         return tile.apply(self.function, self.constants, logits).astype(logits.dtype)
+
+    def infinities(self, given: bool, dtype: str) -> tuple[bool, bool]:
+        return self.function.program(dtype).infinities(given)
 
     def __repr__(self) -> str:
         captured = ", ".join(map(describe, self.constants))
@@ -258,6 +289,9 @@ class Scale(Score):
 
     def evaluate(self, logits: Array, tile: Tile) -> Array:
         return logits * _like(tile.take(self.factor, "h"), logits)
+
+    def infinities(self, given: bool, dtype: str) -> tuple[bool, bool]:
+        return given, given
 
 
 def as_scores(score: Any) -> tuple[Score, ...]:

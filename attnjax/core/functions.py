@@ -2,49 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from collections.abc import Callable
+import pickle
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from attnjax.core.mesh_types import without_mesh
+from attnjax.core.operations import Captured, Operations, Visible
 
 Array = jax.Array
+
+_LETTERS = {False: ("b", "h", "q", "k"), True: ("score", "b", "h", "q", "k")}
 
 
 class IndexFunction:
     """A traced function `([score,] b, h, q, k) -> value`, hashable by what it computes.
 
     Two functions with the same operations are equal, so a lambda that is written anew at every call compiles once.
+
+    Attributes:
+      uses: which of b, h, q, k matter.
     """
 
-    def __init__(self, jaxprs: dict[str, ClosedJaxpr]):
-        self._jaxprs = {name: closed.jaxpr for name, closed in jaxprs.items()}
-        self._key = tuple((name, _fingerprint(closed)) for name, closed in sorted(jaxprs.items()))
-        first = next(iter(jaxprs.values())).jaxpr
-        used = {id(v) for eqn in first.eqns for v in eqn.invars} | {id(v) for v in first.outvars}
-        self.uses = tuple(id(v) in used for v in first.invars)[-4:]  # which of b, h, q, k matter
+    def __init__(self, programs: dict[str, Operations], failures: dict[str, str], origin: _Origin):
+        self._programs, self._failures, self._origin = programs, failures, origin
+        self._key = tuple((name, program.key()) for name, program in sorted(programs.items()))
+        self._hash = hash(self._key)
+        read = frozenset().union(*(program.reads for program in programs.values()))
+        self.uses = tuple(letter in read for letter in "bhqk")
 
-    def __call__(self, constants: tuple[Array, ...], *scalars: Array) -> Array:
+    def __call__(self, constants: Sequence[Array], *scalars: Array, visible: Visible | None = None) -> Array:
         """Evaluates at scalars; `constants` are the captured arrays, in the order in which they were found."""
         name = np.dtype(scalars[0].dtype).name if len(scalars) == 5 else None
-        (out,) = jaxpr_as_fun(ClosedJaxpr(self.jaxpr(name), list(constants)))(*scalars)
-        return out
+        return self.program(name).run(constants, scalars, visible)
 
-    def jaxpr(self, score: str | None) -> Any:
-        """The traced program: inputs the scalars, constants what was captured. `score`: the dtype of a score's."""
+    def program(self, score: str | None) -> Operations:
+        """What is computed where scores have this type; `None`: of a mask."""
         name = score or "mask"
-        if name not in self._jaxprs:
-            raise NotImplementedError(
-                f"the score function was traced for {sorted(self._jaxprs)} and is asked for {name}: "
-                "create it after jax.enable_x64, where float64 is wanted."
-            )
-        return self._jaxprs[name]
+        if name in self._programs:
+            return self._programs[name]
+        if name in self._failures:
+            raise TypeError(f"the function of {self._origin.name} cannot be traced for {name}: {self._failures[name]}")
+        raise NotImplementedError(
+            f"the score function was traced for {sorted(self._programs)} and is asked for {name}: "
+            "create it after jax.enable_x64, where float64 is wanted."
+        )
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, IndexFunction) and self._key == other._key
@@ -52,9 +64,35 @@ class IndexFunction:
     def __repr__(self) -> str:
         return "<function of indices>"
 
+    def __deepcopy__(self, memo: Any) -> IndexFunction:
+        return self
+
+    def __reduce__(self) -> Any:
+        function = self._origin.function()
+        if function is None:
+            raise pickle.PicklingError(
+                f"this {self._origin.name} cannot be pickled: its Python function is gone, because it went through "
+                "jax.jit, jax.tree.map or the like. Pickle the object that was made from the function, or make it from "
+                "a function that a module holds by name."
+            )
+        return _traced_again, (function, self._origin.score, self._origin.name, self._origin.captured)
+
+
+class _Origin:
+    """Where an index function comes from. Holds no array, and the Python function only as long as others do."""
+
+    def __init__(self, function: Callable, score: bool, name: str, captured: tuple):
+        try:
+            self.function: Callable[[], Callable | None] = weakref.ref(function)
+        except TypeError:  # an object that nothing can refer to weakly
+            self.function = lambda: None
+        self.score, self.name, self.captured = score, name, captured
+
 
 def trace(function: Callable, *, score: bool, name: str) -> tuple[IndexFunction, tuple[Array, ...]]:
     """Traces `function` and returns it with the arrays it captured.
+
+    Under x64 the function of a score is traced for float32 and for float64; one of them may fail.
 
     Raises:
       TypeError: `function` is not callable, or does not give one scalar (a boolean where `score` is false).
@@ -65,22 +103,79 @@ def trace(function: Callable, *, score: bool, name: str) -> tuple[IndexFunction,
         inspect.signature(function).bind(*range(5 if score else 4))
     except TypeError as error:
         raise TypeError(f"{name} takes a function of {_signature(score)}: {error}.") from None
+    captured, programs, failures, errors = Captured(), {}, {}, []
+    for dtype in _dtypes(score):
+        try:
+            programs[dtype] = Operations(_jaxpr(function, dtype, name), captured, _LETTERS[score])
+        except Exception as error:  # raised again below, unless another type of score can be traced
+            failures[dtype] = f"{type(error).__name__}: {error}"
+            errors.append(error)
+    if not programs:
+        raise errors[0]
+    constants = tuple(map(_canonical, captured.arrays))
+    kinds = tuple((tuple(x.shape), str(x.dtype)) for x in constants)
+    return IndexFunction(programs, failures, _Origin(function, score, name, kinds)), constants
+
+
+def _dtypes(score: bool) -> list[str]:
+    """Types of scores to trace for."""
+    if not score:
+        return ["mask"]
+    return ["float32", *(["float64"] if jax.dtypes.canonicalize_dtype("float64") == "float64" else [])]
+
+
+def _jaxpr(function: Callable, dtype: str, name: str) -> Any:
+    """The traced program for scores of a type, or of a mask."""
     index = jax.ShapeDtypeStruct((), jnp.int32)
-    dtypes = (
-        ["float32", *(["float64"] if jax.dtypes.canonicalize_dtype("float64") == "float64" else [])]
-        if score
-        else ["mask"]
-    )
-    jaxprs = {}
-    for dtype in dtypes:
-        first = (jax.ShapeDtypeStruct((), dtype),) if score else ()
-        closed, shape = jax.make_jaxpr(function, return_shape=True)(*first, index, index, index, index)
-        _check_result(shape, score, name)
-        jaxprs[dtype] = closed
-    constants = [tuple(closed.consts) for closed in jaxprs.values()]
-    if len({tuple(map(id, c)) for c in constants}) > 1:
-        constants = [tuple(jnp.asarray(x) for x in c) for c in constants]
-    return IndexFunction(jaxprs), tuple(constants[0])
+    first = () if dtype == "mask" else (jax.ShapeDtypeStruct((), dtype),)
+    # Another object each time: JAX remembers what a function gave, and what it captured may have changed since.
+    anew = functools.partial(function)
+    with _own_context():
+        try:
+            closed, shape = jax.make_jaxpr(anew, return_shape=True)(*first, index, index, index, index)
+        except jax.errors.TracerArrayConversionError as error:
+            raise TypeError(
+                f"the function of {name} gives its indices, or what it computed from them, to NumPy: inside of it "
+                "NumPy arrays cannot be indexed, nor NumPy's functions be called. Make such an array "
+                "jax.numpy.asarray(array) before, and call jax.numpy's functions."
+            ) from error
+        except Exception as error:
+            if type(error).__name__ == "ShardingTypeError":
+                error.add_note(
+                    f"The function of {name} is of scalars, and reads arrays an element at a time: what it captures must "
+                    "not be divided over mesh axes of type Explicit. jax.reshard(array, jax.P()) before."
+                )
+            raise
+    _check_result(shape, dtype != "mask", name)
+    return closed
+
+
+@contextlib.contextmanager
+def _own_context() -> Iterator[None]:
+    """What a program is must not depend on settings that happen to be made where it is traced."""
+    manual = jax.sharding.AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    # Inside jax.shard_map what is captured varies over axes of its mesh, and means nothing without them.
+    with contextlib.nullcontext() if manual else without_mesh(), jax.default_matmul_precision(None), jax.disable_jit(False):
+        yield
+
+
+def _canonical(array: Any) -> Any:
+    """A captured NumPy array in the type that it had while it was traced."""
+    if isinstance(array, (np.ndarray, np.generic)):
+        return np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
+    return array
+
+
+def _traced_again(function: Callable, score: bool, name: str, captured: tuple) -> IndexFunction:
+    """An index function from a pickle. What it captured has been pickled apart, and must be the same again."""
+    made, constants = trace(function, score=score, name=name)
+    kinds = tuple((tuple(x.shape), str(x.dtype)) for x in constants)
+    if kinds != captured:
+        raise ValueError(
+            f"the function of this pickled {name} captured {list(captured)} when it was pickled, and now {list(kinds)}: "
+            "it was changed, or jax.enable_x64 is set otherwise."
+        )
+    return made
 
 
 def _check_result(shape: Any, score: bool, name: str) -> None:
@@ -93,14 +188,3 @@ def _check_result(shape: Any, score: bool, name: str) -> None:
 
 def _signature(score: bool) -> str:
     return "(score, b, h, q, k)" if score else "(b, h, q, k)"
-
-
-def _fingerprint(closed: ClosedJaxpr) -> tuple:
-    """The printed program and, to the last bit, the numbers in it."""
-    literals = tuple(
-        (np.asarray(v.val).dtype.name, np.asarray(v.val).tobytes())
-        for eqn in closed.jaxpr.eqns
-        for v in eqn.invars
-        if hasattr(v, "val")
-    )
-    return str(closed.jaxpr), literals

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnjax.core.dropout import keep
+from attnjax.core.operations import HARMLESS
 from attnjax.core.tiles import Grid, Sizes, Tile
 
 Array = jax.Array
@@ -85,14 +86,29 @@ class Program:
         """The block map a user passed, or `None`."""
         return operands[self.count - 1] if self.has_map else None
 
-    def modify(self, logits: Array, tile: Tile, leaves: list[Any]) -> Array:
+    def modify(self, logits: Array, tile: Any, leaves: list[Any]) -> Array:
         """Applies the scores in their order; `leaves` are the score operands in tile form."""
         position = 0
-        for structure in self.scores:
+        for n, structure in enumerate(self.scores):
             node = jax.tree.unflatten(structure, leaves[position : position + structure.num_leaves])
+            if n and tile.counted is not None:
+                logits = jnp.where(tile.counted, logits, HARMLESS)
             position += structure.num_leaves
             logits = node.evaluate(logits, tile)
         return logits
+
+    def hides(self, dtype: Any) -> bool:
+        """Whether a score may make -inf of logits that another has a derivative by: those pairs do not count then.
+
+        Args:
+          dtype: of the logits.
+        """
+        infinite = multiplied = False
+        for structure in self.scores:
+            node = jax.tree.unflatten(structure, [np.zeros(()) for _ in range(structure.num_leaves)])
+            infinite, more = node.infinities(infinite, np.dtype(dtype).name)
+            multiplied |= more
+        return multiplied
 
     def visible(self, tile: Tile, operands: list[Any]) -> Array | None:
         """The mask on a tile, or `None` where there is none; operands in tile form."""
@@ -131,6 +147,11 @@ class Problem:
     def pairs(self) -> int:
         """Pairs of query and key, over all batch entries; with none there is nothing to compute."""
         return math.prod((*self.sizes.batch, self.sizes.query_length, self.sizes.key_length))
+
+    def wide(self, x: Any) -> Any:
+        """Floats of at least the accumulator's type, so that sums over them, and of their gradients, are of that."""
+        narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < self.accumulate.itemsize
+        return x.astype(self.accumulate) if narrow else x
 
     def with_batch(self, size: int) -> Problem:
         """The problem with one more mapped batch axis in front."""

@@ -6,49 +6,33 @@ say) is computed outside for all queries, or keys: it is hoisted. What is left i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 
 from attnjax.core.functions import IndexFunction
+from attnjax.core.operations import SAME, Captured, Name, Operation, Operations, typed
 from attnjax.core.tiles import Sizes
 
 Array = jax.Array
 
+# Of these each kernel's own file says which it lacks.
 _ELEMENTWISE = frozenset(
     "add sub mul div rem max min neg abs sign eq ne lt le gt ge and or not xor select_n convert_element_type exp exp2 "
-    "log log1p expm1 tanh logistic sqrt rsqrt square pow integer_pow sin cos floor ceil clamp shift_left "
-    "shift_right_logical shift_right_arithmetic stop_gradient".split()
+    "log log1p expm1 tanh logistic sqrt rsqrt cbrt square pow integer_pow sin cos tan sinh cosh asin acos atan asinh "
+    "acosh atanh atan2 erf erf_inv floor ceil round is_finite nextafter clamp clz population_count shift_left "
+    "shift_right_logical shift_right_arithmetic stop_gradient add_any one_minus_square".split()
 )
-_SAME = ("broadcast_in_dim", "reshape", "squeeze", "copy")  # of a scalar: the scalar
-_CALLS = ("pjit", "jit", "closed_call")
+# Functions with a derivative, or a way to be mapped, of their own: what they compute is in this parameter.
+_CUSTOM = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vmap_call": "call"}
 _QUERY, _KEY = frozenset("bhq"), frozenset("bhk")
 
 
 class NotSplittable(Exception):
     """Where query and key meet, the function does more than elementwise arithmetic."""
-
-
-class _Name:
-    """A variable; each call of an inner function has its own."""
-
-    def __init__(self, aval: Any):
-        self.dtype = aval.dtype
-
-
-class _Step(NamedTuple):
-    """One operation: its equation, the names (or numbers) that it reads, and those that it makes."""
-
-    equation: Any
-    inputs: tuple[Any, ...]
-    outputs: tuple[_Name, ...]
-
-    @property
-    def name(self) -> str:
-        return self.equation.primitive.name
 
 
 class Residual:
@@ -64,129 +48,158 @@ class Residual:
     """
 
     def __init__(self, function: IndexFunction, score: Any):
-        jaxpr = function.jaxpr(None if score is None else np.dtype(score).name)
         self.of_mask = score is None
-        self._steps: list[_Step] = []
-        self._held: dict[Any, Any] = {}  # arrays that inner functions hold
-        names = {v: _Name(v.aval) for v in (*jaxpr.constvars, *jaxpr.invars)}
-        self._captured, self._inputs = ([names[v] for v in some] for some in (jaxpr.constvars, jaxpr.invars))
-        (self._out,) = self._unfold(jaxpr, names)
-        self._sides, self._hoisted = self._sort()
+        self._program = function.program(None if score is None else np.dtype(score).name)
+        self._hoisted = self._sort()
         self.count = len(self._hoisted)
-        self._left = self._needed(self._out, set(self._hoisted))
-        self.primitives = tuple(step.name for step in self._left if step.name not in _SAME)
-        for step in self._left:
-            if step.name not in (*_ELEMENTWISE, *_SAME):
-                raise NotSplittable(f"{step.name} of query and key together")
+        self._left = self._program.needed([self._program.out], set(self._hoisted))
+        self.primitives = tuple(name for step in self._left for name in self._runs(step) if name not in SAME)
 
-    def hoisted(self, constants: tuple[Array, ...], sizes: Sizes) -> list[tuple[Array, str]]:
-        """The hoisted arrays in operand form, and their axes. `constants`: what was captured, in operand form."""
-        return [self._everywhere(v, constants, sizes) for v in self._hoisted]
+    def hoisted(
+        self, constants: tuple[Array, ...], sizes: Sizes, counted: Sequence[Array | None] | None = None
+    ) -> list[tuple[Array, str]]:
+        """The hoisted arrays in operand form, and their axes.
 
-    def __call__(self, b: Any, h: Any, q: Any, k: Any, pieces: list[Any], score: Any) -> Array:
-        """The function on a tile; `pieces` are the tile's parts of what was hoisted."""
+        Args:
+          constants: what was captured, in operand form.
+          counted: for each, where it counts, in any shape of its size: its derivatives are exactly 0 elsewhere.
+        """
+        counted = counted or [None] * self.count
+        return [self._everywhere(v, constants, sizes, c) for v, c in zip(self._hoisted, counted, strict=True)]
+
+    def __call__(
+        self, b: Any, h: Any, q: Any, k: Any, pieces: list[Any], score: Any, visible: Array | None = None
+    ) -> Array:
+        """The function on a tile; `pieces` are the tile's parts of what was hoisted.
+
+        Args:
+          visible: the pairs that count, of the tile's shape, where a derivative is formed. At others it is exactly 0.
+        """
         env = self._indices(b, h, q, k, score)
         for v, piece in zip(self._hoisted, pieces, strict=True):
             env[v] = piece != 0 if v.dtype == np.bool_ and piece.dtype != np.bool_ else piece
         for step in self._left:
-            env[step.outputs[0]] = self._on_tile(step, [_read(env, v) for v in step.inputs])
-        return jnp.asarray(_read(env, self._out))
+            values = [_read(env, v) for v in step.inputs]
+            if visible is not None:
+                values = self._program.guarded(step, values, _Pairs(visible))
+            env[step.outputs[0]] = self._on_tile(step, values, visible is not None)
+        return jnp.asarray(_read(env, self._program.out))
 
-    def _unfold(self, jaxpr: Any, names: dict[Any, Any]) -> list[Any]:
-        """Lists the operations, those of called functions in place of the calls; gives the results."""
-        for equation in jaxpr.eqns:
-            inputs = tuple(_named(names, v) for v in equation.invars)
-            if equation.primitive.name in _CALLS:
-                inner = equation.params["jaxpr"]
-                held = {v: _Name(v.aval) for v in inner.jaxpr.constvars}
-                self._held.update(zip(held.values(), inner.consts, strict=True))
-                outputs = self._unfold(inner.jaxpr, held | dict(zip(inner.jaxpr.invars, inputs, strict=True)))
-            else:
-                outputs = [_Name(v.aval) for v in equation.outvars]
-                self._steps.append(_Step(equation, inputs, tuple(outputs)))
-            names.update(zip(equation.outvars, outputs, strict=True))
-        return [_named(names, v) for v in jaxpr.outvars]
-
-    def _sort(self) -> tuple[dict[Any, frozenset[str]], list[Any]]:
-        """What each name depends on, and those to hoist: of one side, more than arithmetic, used by both sides."""
-        letters = ["b", "h", "q", "k"] if self.of_mask else ["score", "b", "h", "q", "k"]
-        depends = {v: frozenset((letter,)) for v, letter in zip(self._inputs, letters, strict=True)}
-        heavy = dict.fromkeys(depends, False)
-        for v in (*self._captured, *self._held):
-            depends[v], heavy[v] = frozenset(), True
-        for step in self._steps:
-            read = [v for v in step.inputs if isinstance(v, _Name)]
-            side = frozenset().union(*(depends[v] for v in read))
-            work = any(heavy[v] for v in read) or step.name not in (*_ELEMENTWISE, *_SAME)
-            for v in step.outputs:
-                depends[v], heavy[v] = side, work
+    def _sort(self) -> list[Any]:
+        """The names to hoist: those of one side, more than arithmetic, that are used by both sides."""
+        program = self._program
+        depends, heavy = program.depends, dict.fromkeys(program.depends, False)
+        heavy |= dict.fromkeys(program.captured, True)
+        for step in program.steps:
+            work = any(heavy[v] for v in step.inputs if isinstance(v, Name))
+            heavy |= dict.fromkeys(step.outputs, work or step.name not in (*_ELEMENTWISE, *SAME))
         one_sided = lambda v: depends[v] <= _QUERY or depends[v] <= _KEY
-        met = [v for step in self._steps if not one_sided(step.outputs[0]) for v in step.inputs]
-        used = [v for v in dict.fromkeys((*met, self._out)) if isinstance(v, _Name)]
-        return depends, [v for v in used if heavy[v] and one_sided(v)]
+        met = [v for step in program.steps if not one_sided(step.outputs[0]) for v in step.inputs]
+        used = [v for v in dict.fromkeys((*met, program.out)) if isinstance(v, Name)]
+        return [v for v in used if heavy[v] and one_sided(v)]
 
-    def _needed(self, wanted: Any, known: set[Any]) -> list[_Step]:
-        """The operations that `wanted` is made of, from what is known."""
-        made = {v: n for n, step in enumerate(self._steps) for v in step.outputs}
-        found: set[int] = set()
-        waiting = [wanted]
-        while waiting:
-            v = waiting.pop()
-            if v in known or v not in made or made[v] in found:
-                continue
-            found.add(made[v])
-            waiting += self._steps[made[v]].inputs
-        return [self._steps[n] for n in sorted(found)]
+    def _runs(self, step: Operation) -> list[str]:
+        """The primitives that an operation runs on a tile.
+
+        Raises:
+          NotSplittable: it is not elementwise.
+        """
+        if step.name in (*_ELEMENTWISE, *SAME):
+            return [step.name]
+        if step.name in _CUSTOM and len(step.outputs) == 1:
+            inner = _inner(step)
+            return [name for one in inner.steps for name in self._runs(one)]
+        arrays = [f"{np.dtype(v.dtype).name}{list(v.shape)}" for v in step.inputs if isinstance(v, Name) and v.shape]
+        of = f", of an array {', '.join(arrays)}" if arrays else ""
+        raise NotSplittable(f"{step.name} of query and key together{of}")
 
     def _indices(self, b: Any, h: Any, q: Any, k: Any, score: Any) -> dict[Any, Any]:
         values = (b, h, q, k) if self.of_mask else (score, b, h, q, k)
-        return dict(zip(self._inputs, values, strict=True))
+        return dict(zip(self._program.inputs, values, strict=True))
 
-    def _everywhere(self, wanted: Any, constants: tuple[Array, ...], sizes: Sizes) -> tuple[Array, str]:
+    def _everywhere(
+        self, wanted: Any, constants: tuple[Array, ...], sizes: Sizes, counted: Array | None
+    ) -> tuple[Array, str]:
         """A one-sided variable for all batch entries, heads and positions that it depends on: [*lanes, *axes]."""
-        n, side, steps = len(sizes.batch), self._sides[wanted], self._needed(wanted, set())
-        own = {v for step in steps for v in step.inputs if isinstance(v, _Name)} | {wanted}
-        given = {v: c for v, c in zip(self._captured, constants, strict=True) if v in own}
+        program = self._program
+        n, side, steps = len(sizes.batch), program.depends[wanted], program.needed([wanted], set())
+        own = {v for step in steps for v in step.inputs if isinstance(v, Name)} | {wanted}
+        given = {v: constants[number] for v, number in program.captured.items() if v in own}
         lanes = tuple(max((c.shape[i] for c in given.values()), default=1) for i in range(n))
         b = sizes.batch_index() if "b" in side else np.zeros((1,) * n, np.int32)
         lanes = np.broadcast_shapes(lanes, b.shape)
 
-        def one(free: list[Array], b: Any, h: Any, position: Any) -> Array:
-            env = self._held | dict(zip(given, free, strict=True))
-            env |= self._indices(b, h, position, position, None)
+        def one(free: list[Array], b: Any, h: Any, position: Any, counts: Any) -> Array:
+            env = dict(zip(given, free, strict=True)) | self._indices(b, h, position, position, None)
             for step in steps:
-                env.update(zip(step.outputs, _bind(step, [_read(env, v) for v in step.inputs]), strict=True))
+                values = [_read(env, v) for v in step.inputs]
+                if counts is not None:
+                    values = program.guarded(step, values, _All(counts))
+                env.update(zip(step.outputs, step.bind(values), strict=True))
             return jnp.asarray(_read(env, wanted))
 
         f, axes, arguments = one, "", [jnp.int32(0), jnp.int32(0)]
         if side & {"q", "k"}:
             axes = "t" if "q" in side else "s"
             arguments[1] = jnp.arange(sizes.query_length if "q" in side else sizes.key_length, dtype=jnp.int32)
-            f = jax.vmap(f, in_axes=(None, None, None, 0))
+            f = jax.vmap(f, in_axes=(None, None, None, 0, 0))
         if "h" in side:
             axes = "h" + axes
             arguments[0] = jnp.arange(sizes.heads, dtype=jnp.int32)
-            f = jax.vmap(f, in_axes=(None, None, 0, None))
+            f = jax.vmap(f, in_axes=(None, None, 0, None, 0))
         for axis in reversed(range(n)):
             mapped = [0 if c.shape[axis] > 1 else None for c in given.values()]
-            f = jax.vmap(f, in_axes=(mapped, 0, None, None))
+            f = jax.vmap(f, in_axes=(mapped, 0, None, None, 0))
         free = [c.reshape(*(d for d in c.shape[:n] if d > 1), *c.shape[n:]) for c in given.values()]
-        return f(free, jnp.broadcast_to(b, lanes), *arguments), axes
+        lengths = {"h": sizes.heads, "t": sizes.query_length, "s": sizes.key_length}
+        counts = None if counted is None else counted.reshape(*lanes, *(lengths[a] for a in axes))
+        return f(free, jnp.broadcast_to(b, lanes), *arguments, counts), axes
 
-    def _on_tile(self, step: _Step, values: list[Any]) -> Any:
+    def _on_tile(self, step: Operation, values: list[Any], derived: bool) -> Any:
         """An elementwise operation on scalars, rows, columns and whole tiles, which broadcast together."""
-        if step.name in _SAME:
+        if step.name in SAME:
             return values[0]
-        kinds = [v.dtype for v in step.inputs]
         shape = np.broadcast_shapes(*(np.shape(v) for v in values))
-        values = [_spread(v, kind, shape) for v, kind in zip(values, kinds, strict=True)]
-        if step.name == "select_n" and kinds[1] == np.bool_ and len(values) == 3:  # no device selects booleans
-            which, no, yes = values
+        values = [_spread(v, x.dtype, shape) for v, x in zip(values, step.inputs, strict=True)]
+        values = [typed(v, x, step) for v, x in zip(values, step.inputs, strict=True)]
+        if step.name in _CUSTOM:
+            if derived:  # its own rule, of scalars
+                f = lambda *scalars: step.bind(scalars)[0]
+                for _ in shape:
+                    f = jax.vmap(f)
+                return f(*values)
+            return self._inside(_inner(step), values)
+        if step.name == "select_n" and step.inputs[1].dtype == np.bool_ and len(values) == 3:
+            which, no, yes = values  # no device selects booleans
             return (which & yes) | (opposite(which) & no)
-        if step.name == "not" and kinds[0] == np.bool_:
+        if step.name == "not" and step.inputs[0].dtype == np.bool_:
             return opposite(values[0])
-        parameters = step.equation.params | ({"sharding": None} if "sharding" in step.equation.params else {})
-        return step.equation.primitive.bind(*values, **parameters)
+        return step.primitive.bind(*values, **step.parameters)
+
+    def _inside(self, program: Operations, values: list[Any]) -> Any:
+        """The value of a custom function on a tile."""
+        env: dict[Any, Any] = dict(zip(program.inputs, values, strict=True))
+        for step in program.steps:
+            env[step.outputs[0]] = self._on_tile(step, [_read(env, v) for v in step.inputs], False)
+        return _read(env, program.out)
+
+
+class _All(NamedTuple):
+    """As `Visible` where all is said of one side."""
+
+    counts: Array
+
+    def to(self, letters: frozenset[str]) -> Array:
+        return self.counts
+
+
+class _Pairs(NamedTuple):
+    """As `Visible` on a tile, where nothing of one side alone has a derivative."""
+
+    pair: Array
+
+    def to(self, letters: frozenset[str]) -> Array | None:
+        return self.pair if "score" in letters or {"q", "k"} <= letters else None
 
 
 def opposite(x: Array) -> Array:
@@ -194,10 +207,10 @@ def opposite(x: Array) -> Array:
     return jnp.asarray(x).astype(jnp.int32) == 0
 
 
-def _bind(step: _Step, values: list[Any]) -> list[Any]:
-    primitive = step.equation.primitive
-    made = primitive.bind(*values, **primitive.get_bind_params(step.equation.params))
-    return list(made) if primitive.multiple_results else [made]
+def _inner(step: Operation) -> Operations:
+    """What a custom function computes."""
+    closed = step.parameters[_CUSTOM[step.name]]
+    return Operations(closed, Captured(), [str(n) for n in range(len(step.inputs))])
 
 
 def _spread(value: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
@@ -209,10 +222,5 @@ def _spread(value: Any, dtype: Any, shape: tuple[int, ...]) -> Any:
     return jnp.broadcast_to(value, shape)
 
 
-def _named(names: dict[Any, Any], v: Any) -> Any:
-    aval: Any = v.aval
-    return np.asarray(v.val, aval.dtype)[()] if isinstance(v, Literal) else names[v]
-
-
 def _read(env: dict[Any, Any], v: Any) -> Any:
-    return env[v] if isinstance(v, _Name) else v
+    return env[v] if isinstance(v, Name) else v

@@ -20,7 +20,7 @@ import numpy as np
 from attnjax.core.functions import IndexFunction
 from attnjax.core.node import is_array
 from attnjax.core.program import Problem
-from attnjax.core.residual import Residual, opposite
+from attnjax.core.residual import NotSplittable, Residual, opposite
 from attnjax.core.tiles import tile_form
 
 Array = jax.Array
@@ -96,10 +96,11 @@ class Split:
       NotSplittable: a function of indices needs more than elementwise operations where query and key meet.
     """
 
-    def __init__(self, problem: Problem, operands: list[Any]):
+    def __init__(self, problem: Problem, operands: list[Any], counted: dict[int, Array] | None = None):
+        """`counted`: by number, where pieces of a `ScoreFn` count. Their derivatives are 0 elsewhere."""
         self.problem, self.operands = problem, operands
         program = problem.program
-        recorder = _Recorder(problem)
+        recorder = _Recorder(problem, counted or {})
         self.sinks = recorder.note(operands[3], "h", (3,)) if program.sinks else None
         self.seeds = recorder.note(operands[3 + program.sinks], "h") if program.dropout else None
         self._mask_start = len(recorder.pieces)
@@ -154,12 +155,15 @@ class Split:
             operands = list(self.operands)
             for i, x in zip(moved, some, strict=True):
                 operands[i] = x
-            arrays = Split(self.problem, operands).arrays
+            arrays = Split(self.problem, operands, counted).arrays
             return [arrays[n].astype(self.problem.accumulate) for n in gradients]
 
-        made, pull = jax.vjp(pieces, *(self.operands[i].astype(self.problem.accumulate) for i in moved))
-        reduced = [self._reduced(n, gradients[n], x.shape) for n, x in zip(gradients, made, strict=True)]
-        return dict(zip(moved, pull(reduced), strict=True))
+        reduced = [self._reduced(n, x, self.arrays[n].shape) for n, x in gradients.items()]
+        # What no pair that counts depends on may be singular: its derivative times 0 is 0 all the same.
+        counted = {n: x != 0 for n, x in zip(gradients, reduced, strict=True)}
+        _, pull = jax.vjp(pieces, *(self.problem.wide(self.operands[i]) for i in moved))
+        nothing = {i: jnp.zeros(self.operands[i].shape, self.problem.accumulate) for i in wanted}
+        return nothing | dict(zip(moved, pull(reduced), strict=True))
 
     def _reduced(self, n: int, gradient: Array, shape: tuple[int, ...]) -> Array:
         """A gradient summed to the shape of its piece; its first axis may count all batch entries."""
@@ -190,6 +194,7 @@ class PairTile:
         self.b = b % own if sizes.mapped else b
         self.query_length, self.key_length = sizes.query_length, sizes.key_length
         self._values, self._residuals = iter(()), iter(())
+        self.counted: Array | None = None
 
     def visible(self) -> Array | None:
         """The mask on the tile, or `None` where there is none."""
@@ -199,23 +204,31 @@ class PairTile:
             return None
         self._values = iter(self._all[split._mask_start : split._scores_start])
         self._residuals = iter(split._residuals[: split._mask_residuals])
-        return _placeholders(mask).evaluate(self)
+        self.counted = None
+        return jax.tree.map(_placeholder, mask).evaluate(self)
 
     def modify(self, logits: Array) -> Array:
         """The scores applied to the tile's logits."""
         return self._modify(logits, self._all[self._split._scores_start :])
 
-    def pull(self, logits: Array, d_modified: Array, wanted: Sequence[int]) -> tuple[Array, list[Array]]:
-        """The cotangents of the logits, and of the values of the pieces in `wanted`, from that of `modify`."""
+    def pull(
+        self, logits: Array, d_modified: Array, wanted: Sequence[int], counted: Array | None = None
+    ) -> tuple[Array, list[Array]]:
+        """The cotangents of the logits, and of the values of the pieces in `wanted`, from that of `modify`.
+
+        Args:
+          counted: the pairs that count, of the tile's shape; `None`: all. At others the cotangents are 0.
+        """
         start = self._split._scores_start
 
         def modify(logits: Array, *some: Array) -> Array:
             values = list(self._all)
             for n, value in zip(wanted, some, strict=True):
                 values[n] = value
-            return self._modify(logits, values[start:])
+            return self._modify(logits, values[start:], counted)
 
-        _, pull = jax.vjp(modify, logits, *(self._all[n] for n in wanted))
+        wide = [self._split.problem.wide(self._all[n]) for n in wanted]
+        _, pull = jax.vjp(modify, logits, *wide)
         d_logits, *d_values = pull(d_modified)
         return d_logits, d_values
 
@@ -241,23 +254,22 @@ class PairTile:
     def apply(self, function: IndexFunction, constants: tuple[Array, ...], logits: Array | None = None) -> Array:
         residual = next(self._residuals)
         pieces = [next(self._values) for _ in range(residual.count)]
-        return residual(self.b, self.h, self.q, self.k, pieces, logits)
+        made = residual(self.b, self.h, self.q, self.k, pieces, logits, self.counted)
+        return made if logits is None else jnp.broadcast_to(made, logits.shape)
 
-    def _modify(self, logits: Array, values: list[Any]) -> Array:
+    def _modify(self, logits: Array, values: list[Any], counted: Array | None = None) -> Array:
         split, program = self._split, self._split.problem.program
-        self._values = iter(values)
+        self._values, self.counted = iter(values), counted
         self._residuals = iter(split._residuals[split._mask_residuals :])
-        leaves = iter([split.operands[i] for i in program.score_positions()])
-        for structure in program.scores:
-            node = jax.tree.unflatten(structure, [next(leaves) for _ in range(structure.num_leaves)])
-            logits = _placeholders(node).evaluate(logits, self)
-        return logits
+        return program.modify(logits, self, [_placeholder(split.operands[i]) for i in program.score_positions()])
 
 
 class _Recorder:
     """Stands in for a tile of one pair, and writes down what is asked of it."""
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem, counted: dict[int, Array]):
+        self.counted: Any = None  # of pairs: all do
+        self._counted = counted
         self.sizes, self.accumulate = problem.sizes, problem.accumulate
         self.query_length, self.key_length = problem.sizes.query_length, problem.sizes.key_length
         self.q = self.k = np.zeros((1, 1), np.int32)
@@ -299,16 +311,20 @@ class _Recorder:
         return jnp.zeros((1, 1), made.dtype)
 
     def apply(self, function: IndexFunction, constants: tuple[Array, ...], logits: Array | None = None) -> Array:
-        residual = Residual(function, None if logits is None else self.accumulate)
-        for array, axes in residual.hoisted(constants, self.sizes):
+        try:
+            residual = Residual(function, None if logits is None else self.accumulate)
+        except NotSplittable as reason:
+            raise NotSplittable(f"{reason}, in a {'Where' if logits is None else 'ScoreFn'}") from None
+        counted = [self._counted.get(len(self.pieces) + n) for n in range(residual.count)]
+        for array, axes in residual.hoisted(constants, self.sizes, counted):
             self.note(array, axes, self.sources)
         self.residuals.append(residual)
         return jnp.zeros((1, 1), bool if logits is None else self.accumulate)
 
 
-def _placeholders(node: Any) -> Any:
-    """The node with arrays of no memory in place of its leaves."""
-    return jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), node)
+def _placeholder(leaf: Any) -> Any:
+    """An array of no memory in place of a leaf."""
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
 
 
 def summed(x: Array, shape: tuple[int, ...]) -> Array:

@@ -8,6 +8,7 @@ The letters of `axes`: h query heads, k key/value heads, t query positions, s ke
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from jax import lax
 from attnjax.core.checks import check_count, check_leaves
 from attnjax.core.functions import IndexFunction
 from attnjax.core.node import Node, is_array
+from attnjax.core.operations import Visible
 
 Array = jax.Array
 _LEAST_AND_MOST = ((np.min, jnp.min), (np.max, jnp.max))
@@ -123,6 +125,7 @@ class Tile:
         self.q = count(q_start, q_size, 1, 1, q_size, 1)
         self.k = count(k_start, k_size, 1, 1, 1, k_size)
         self._first_distance = k_start - q_start
+        self.counted: Array | None = None
 
     @property
     def heads(self) -> int:
@@ -155,31 +158,54 @@ class Tile:
         skewed = jnp.broadcast_to(by_diagonal, (*lead, t, length + 1)).reshape(*lead, t * (length + 1))
         return skewed[..., : t * length].reshape(*lead, t, length)[..., t - 1 :]
 
+    def counting(self, pairs: Array | None) -> Tile:
+        """The same tile for derivatives: at pairs that do not count, those of scores are 0, whatever the scores are.
+
+        Args:
+          pairs: booleans that broadcast to `shape`, with its last two axes; `None`: all count.
+        """
+        made = copy.copy(self)
+        made.counted = pairs
+        return made
+
     def apply(self, function: IndexFunction, constants: tuple[Array, ...], logits: Array | None = None) -> Array:
         """Evaluates a function of scalars at every pair of the tile; what depends on one index is computed once."""
         n = len(self.lanes)
         over_lanes = logits is not None or function.uses[0] or any(max(c.shape[:n], default=1) > 1 for c in constants)
         over_heads = logits is not None or function.uses[1]
-        lanes = self.lanes if over_lanes else (1,) * n
+        lanes, heads = self.lanes if over_lanes else (1,) * n, self.shape[n : n + 2] if over_heads else (1, 1)
         b = jnp.broadcast_to(self.b[..., 0, 0, 0, 0], lanes) if over_lanes else jnp.zeros(lanes, jnp.int32)
         h = jnp.asarray(self.h).reshape(-1) if over_heads else jnp.zeros(1, jnp.int32)
-        heads = self.shape[n : n + 2] if over_heads else (1, 1)
+        given = [*(self._by_axis(c) for c in constants)]
+        scored = logits is not None
         if logits is not None:
-            logits = jnp.broadcast_to(logits, self.shape).reshape(*lanes, self.heads, *self.shape[-2:])
+            given.append(self._by_axis(jnp.broadcast_to(logits, self.shape)))
+        alone = lambda axes: tuple(axis in axes for axis in range(n + 3))
+        given += [(b, alone(range(n))), (h, alone([n]))]
+        given += [(jnp.asarray(x).reshape(-1), alone([n + i])) for i, x in ((1, self.q), (2, self.k))]
+        visible = None if self.counted is None or not scored else Visible.of(self.counted)
+        if visible is not None:
+            given += map(self._by_axis, visible)
 
-        def scalar(consts: Any, score: Any, *index: Any) -> Array:
-            return function(consts, *(() if score is None else (score,)), *index)
+        def scalar(*some: Any) -> Array:
+            constants_, rest = some[: len(constants)], some[len(constants) :]
+            return function(constants_, *rest[: 4 + scored], visible=Visible(*rest[4 + scored :]) if visible else None)
 
-        mapped = None if logits is None else 0
         f = scalar
-        for position in (5, 4, 3):  # k, q, h
-            f = jax.vmap(f, in_axes=(None, mapped, *(0 if i == position else None for i in range(2, 6))))
-        for axis in reversed(range(n)):
-            consts = tuple(0 if c.shape[axis] > 1 else None for c in constants)
-            f = jax.vmap(f, in_axes=(consts, mapped, 0, None, None, None))
-        free = [c.reshape(*(d for d in c.shape[:n] if d > 1), *c.shape[n + 4 :]) for c in constants]
-        out = f(tuple(free), logits, b, h, jnp.asarray(self.q).reshape(-1), jnp.asarray(self.k).reshape(-1))
+        for axis in reversed(range(n + 3)):
+            f = jax.vmap(f, in_axes=tuple(0 if over[axis] else None for _, over in given))
+        out = f(*(x for x, _ in given))
         return out.reshape(*lanes, *heads, *out.shape[-2:])
+
+    def _by_axis(self, x: Array) -> tuple[Array, tuple[bool, ...]]:
+        """An array in tile form without the axes of size 1, and which of [*lanes, heads, t, s] are left in front."""
+        n = len(self.lanes)
+        heads = x.shape[n : n + 2]
+        if max(heads) > 1 and heads != self.shape[n : n + 2]:
+            heads = self.shape[n : n + 2]
+            x = jnp.broadcast_to(x, (*x.shape[:n], *heads, *x.shape[n + 2 :]))
+        sizes = (*x.shape[:n], math.prod(heads), *x.shape[n + 2 : n + 4])
+        return x.reshape(*(d for d in sizes if d > 1), *x.shape[n + 4 :]), tuple(d > 1 for d in sizes)
 
 
 class Grid:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from attnjax.core.operations import HARMLESS
 from attnjax.core.program import Problem
 from attnjax.core.softmax import settled
 from attnjax.core.split import PairTile, Split
@@ -55,14 +56,14 @@ class View:
         program, sizes = split.problem.program, split.problem.sizes
         self._tile: PairTile = split.tile(q, k, *at, values)
         self._query_axis = 0 if q.shape[1] == 1 else 1
-        self._scored = bool(program.scores)
+        self._scored, self._hides = bool(program.scores), program.hides(split.problem.accumulate)
         self._visible = None
         if masked:
             visible = jnp.broadcast_to((q < sizes.query_length) & (k < sizes.key_length), raw.shape)
             seen = self._tile.visible()
             self._visible = visible if seen is None else visible & jnp.broadcast_to(seen, raw.shape)
         if self._scored:  # where nothing is seen their derivatives must stay finite
-            self._raw = self.hidden(raw * program.scale, 0.0)
+            self._raw = self.hidden(raw * program.scale, HARMLESS)
             logits = self._tile.modify(self._raw) * unit(split.problem)
         else:
             logits = raw * (program.scale * unit(split.problem))
@@ -85,7 +86,10 @@ class View:
     def pulled(self, d_logits: Array, wanted: list[int]) -> tuple[Array, list[Array]]:
         """Cotangents of the scaled product of query and key, and of the pieces in `wanted`."""
         d_logits = self.hidden(d_logits, 0.0)
-        return self._tile.pull(self._raw, d_logits, wanted) if self._scored else (d_logits, [])
+        if not self._scored:
+            return d_logits, []
+        counted = self.logits != -jnp.inf if self._hides else self._visible
+        return self._tile.pull(self._raw, d_logits, wanted, counted)
 
     def hidden(self, pairs: Array, value: float) -> Array:
         """The pairs of a tile, with the value where the query does not see the key."""

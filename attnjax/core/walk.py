@@ -99,8 +99,8 @@ def level(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def push(f: Callable, primals: Iterable[Array], tangents: Iterable[Array]) -> Any:
-    """The tangent of `f`. A tangent may have lanes, or batch entries, that its primal does not depend on."""
-    pairs = [level(x, d) for x, d in zip(primals, tangents, strict=True)]
+    """The tangent of `f`. A tangent may be narrower than its primal, and have lanes that this does not depend on."""
+    pairs = [level(x, d.astype(x.dtype)) for x, d in zip(primals, tangents, strict=True)]
     return jax.jvp(f, tuple(x for x, _ in pairs), tuple(d for _, d in pairs))[1]
 
 
@@ -120,7 +120,7 @@ class Walk:
     Attributes:
       problem: the sizes; blocks: how to cut them.
       kinds: int8 block map for these blocks, numpy where known.
-      operands: arrays in operand form, and `axes` of each. Floating-point parts reach `step` as float32 (float64).
+      operands: arrays in operand form, and `axes` of each. Floating-point parts reach `step` as float32 (float64), or wider.
       outputs: what is made. Those by row come from `finish`, in this order; the others are summed over the steps.
       start: shape of a tile -> state of a row of tiles.
       step: (visit, state, parts of the operands in tile form) -> (state, parts of the outputs that are not by row).
@@ -219,8 +219,7 @@ class Walk:
                 part = self._slice(x, axes, place)
             elif "s" in axes:
                 part = self._cut(part, "s", k_start)
-            floats = jnp.issubdtype(part.dtype, jnp.floating)
-            parts.append(part.astype(self.problem.accumulate) if floats else part)
+            parts.append(self.problem.wide(part))
         lanes_start = [c * lane for c, lane in zip(index, self.blocks.lanes, strict=False)]
         b = _cut_batch(self.sizes.batch_index(), lanes_start, self.blocks.lanes)
         spans = (index[-1] * self.blocks.lanes_kv, self.blocks.lanes_kv), (q_start, self.blocks.block_q)

@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from attnjax.core.mosaic import LANES, Here, Loaded, Loop, column, wide
+from attnjax.core.operations import HARMLESS
 from attnjax.core.program import Problem
 from attnjax.core.residual import NotSplittable
 from attnjax.core.softmax import Rows, finite, inverse, row_delta, settled, sink_gradient
@@ -390,7 +391,7 @@ class _Tile:
         """The logits before scores, whose derivatives must stay finite where nothing is seen."""
         raw = _dot(k, q, 1, 1) if self.loop.flipped else _dot(q, k, 1, 1)
         raw = raw * self.program.scale if self.factor == 1 else raw
-        return self._hidden(raw) if self.program.scores else raw
+        return self._hidden(raw, HARMLESS) if self.program.scores else raw
 
     def logits(self, q: Array, k: Array) -> Array:
         """The logits, -inf where the query does not see the key."""
@@ -413,12 +414,16 @@ class _Tile:
     ) -> tuple[Array, Array, list[Array]]:
         """The weights, and the cotangents of the raw logits and of the pieces that are wanted."""
         raw = self._raw(q, k)
-        weights = self._hidden(_exp(self._modified(raw) - top, self.factor))
+        modified = self._modified(raw)
+        weights = self._hidden(_exp(modified - top, self.factor))
         d_weights = _dot(v, ct_out, 1, 1) if self.loop.flipped else _dot(ct_out, v, 1, 1)
         d_logits = self._hidden(weights * (self.pairs.drop(d_weights) - delta))
         if not self.program.scores:
             return weights, d_logits, []
-        d_raw, d_values = self.pairs.pull(raw, d_logits, self.loop.wanted)
+        counted = self._visible
+        if self.program.hides(self.loop.problem.accumulate):
+            counted = self._hidden(modified, -jnp.inf) != -jnp.inf
+        d_raw, d_values = self.pairs.pull(raw, d_logits, self.loop.wanted, counted)
         return weights, self._hidden(d_raw), [self._hidden(d) for d in d_values]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnjax.core.operations import HARMLESS
 from attnjax.core.program import Problem
 from attnjax.core.softmax import Rows, finite, inverse, log_sum_exp, settled
 from attnjax.core.tiles import Tile, from_tile_form, tile_form
@@ -39,7 +40,7 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
     """The output, and highest and total of the softmax, all in operand form."""
     program, sizes, n = problem.program, problem.sizes, len(problem.sizes.batch)
     parts = [tile_form(x, axes, n, sizes.group) for x, axes in zip(operands, program.axes, strict=False)]
-    parts = [x.astype(problem.accumulate) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in parts]
+    parts = list(map(problem.wide, parts))
     spans = (0, sizes.key_heads), (0, sizes.query_length), (0, sizes.key_length)
     tile = Tile(sizes, sizes.batch_index(), sizes.batch, *spans)
     seen = program.visible(tile, parts)
@@ -52,7 +53,8 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
         key, value = jnp.where(unseen, 0, key), jnp.where(unseen, 0, value)
     query = query * program.scale
     logits = jnp.einsum("...kgth,...ksh->...kgts", query, key, precision=jax.lax.Precision.HIGHEST)
-    logits = settled(program.modify(logits, tile, [parts[i] for i in program.score_positions()]))
+    logits, seen = _scored(problem, logits, tile, [parts[i] for i in program.score_positions()], seen)
+    logits = settled(logits)
     logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
     highest = logits.max(-1)
     if program.sinks:
@@ -69,6 +71,22 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
     out_shape, row_shape = problem.out_shapes()
     rows = (jnp.broadcast_to(from_tile_form(x[..., None], "th", n), row_shape) for x in (highest, total))
     return Rows(jnp.broadcast_to(out, out_shape), *rows)
+
+
+def _scored(problem: Problem, logits: Array, tile: Tile, leaves: list[Array], seen: Array | None) -> Any:
+    """The logits after the scores, and which pairs count: not those that the mask hides, or a score puts to -inf.
+
+    The derivatives of scores are 0 at others, also where they would be infinite.
+    """
+    program = problem.program
+    if seen is not None and program.scores:
+        logits, tile = jnp.where(seen, logits, HARMLESS), tile.counting(seen)
+    made = program.modify(logits, tile, leaves)
+    if program.hides(problem.accumulate):
+        counted = jax.lax.stop_gradient(made) != -jnp.inf
+        seen = counted if seen is None else seen & counted
+        made = program.modify(logits, tile.counting(seen), leaves)
+    return made, seen
 
 
 def tangent(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from attnjax.core.checks import check_count
+from attnjax.core.operations import HARMLESS
 from attnjax.core.program import Problem, Program
 from attnjax.core.softmax import (
     Rows,
@@ -97,7 +98,7 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
 
     def step(visit: Visit, state: Any, parts: list[Array]) -> tuple[Any, list[Array]]:
         out, highest, total = state
-        view = _View(program, visit, parts)
+        view = _View(program, visit, parts, differentiated=False)
         if visit.only:
             highest, weights = first_max(view.logits)
             out = visit.dot("kgts,ksv->kgtv", view.drop(weights), view.seen(view.value))
@@ -315,17 +316,30 @@ class _View:
     do, so where a derivative of the tile is formed (`row`, `column`) everything goes through them.
     """
 
-    def __init__(self, program: Program, visit: Visit, own: list[Array]):
+    def __init__(self, program: Program, visit: Visit, own: list[Array], differentiated: bool = True):
+        """`differentiated`: whether the scores' derivatives are asked for, which are 0 at pairs that do not count."""
         self.program, self.visit, self.own, self.scale = program, visit, own, program.scale
         self.visible = _visible(program, visit, own)
         self.query = self.row(_rows(own[0])) * program.scale
         self.key, self.value = self.column(_columns(own[1])), self.column(_columns(own[2]))
         self.raw = visit.dot("kgth,ksh->kgts", self.query, self.key)
         self.leaves = [own[i] for i in program.score_positions()]
-        if program.scores:  # their derivatives must stay finite where nothing is seen
-            self.raw = self.masked(self.raw)
-        modified = program.modify(self.raw, visit.tile, self.leaves)
-        self.logits = self.masked(settled(modified) if program.scores else modified, -jnp.inf)
+        self.tile, self.counted = visit.tile, self.visible
+        if program.scores:
+            self.raw = self.masked(self.raw, HARMLESS)
+            self.tile = visit.tile.counting(self.visible if differentiated else None)
+        modified = program.modify(self.raw, self.tile, self.leaves)
+        if differentiated and program.hides(visit.accumulate):
+            modified = self._finite(modified)
+        modified = settled(modified) if program.scores else modified
+        self.logits = modified if self.counted is None else jnp.where(self.counted, modified, -jnp.inf)
+
+    def _finite(self, modified: Array) -> Array:
+        """The modified logits. From now on pairs do not count either that a score has put to -inf."""
+        finite = jax.lax.stop_gradient(modified) != -jnp.inf
+        self.counted = finite if self.visible is None else self.visible & finite
+        self.tile = self.tile.counting(self.counted)
+        return self.program.modify(self.raw, self.tile, self.leaves) if self.visit.derived else modified
 
     def masked(self, pairs: Array, hidden: float = 0.0) -> Array:
         """Pairs [..., K, G, t, s], `hidden` where the query does not see the key."""
@@ -362,7 +376,7 @@ class _View:
         if self.program.scores:
             tangents = [d for d in d_leaves if d is not None]
             d_logits = push(self._modify(moved), [self.raw, *(self.leaves[n] for n in moved)], [d_raw, *tangents])
-        return self.masked(d_logits)
+        return d_logits if self.counted is None else jnp.where(self.counted, d_logits, 0)
 
     def pulled(self, d_logits: Array, wanted: tuple[int, ...]) -> tuple[Array, dict[int, Array]]:
         """Cotangents of the raw logits, and of those operands of the scores that are wanted."""
@@ -376,7 +390,8 @@ class _View:
         raw, d_logits = level(self.raw, d_logits)
         _, pull = jax.vjp(self._modify(moved), raw, *wide)
         d_raw, *d_leaves = pull(d_logits)
-        return d_raw, {positions[n]: d for n, d in zip(moved, d_leaves, strict=True)}
+        d_leaves = (d.astype(self.visit.accumulate) for d in d_leaves)
+        return self.masked(d_raw), {positions[n]: d for n, d in zip(moved, d_leaves, strict=True)}
 
     def _modify(self, moved: list[int]) -> Any:
         """The scores as a function of the raw logits and of some of their operands."""
@@ -385,7 +400,7 @@ class _View:
             leaves = list(self.leaves)
             for n, leaf in zip(moved, some, strict=True):
                 leaves[n] = leaf
-            return self.program.modify(raw, self.visit.tile, leaves)
+            return self.program.modify(raw, self.tile, leaves)
 
         return modify
 
