@@ -99,8 +99,10 @@ DIFFERENT = {
         IDS,
     ),
     "while": (
-        lambda ids: lambda b, h, q, k: (
-            jax.lax.while_loop(lambda n: ids[n] < ids[q], lambda n: n + 1, jnp.zeros((), jnp.int32)) <= k
+        lambda ids: (
+            lambda b, h, q, k: (
+                jax.lax.while_loop(lambda n: ids[n] < ids[q], lambda n: n + 1, jnp.zeros((), jnp.int32)) <= k
+            )
         ),
         IDS,
     ),
@@ -112,8 +114,8 @@ DIFFERENT = {
     "custom_jvp": (with_rule, (1.0, 3.0)),
     "custom_vjp": (with_backward, (1.0, 3.0)),
     "callback": (
-        lambda f: lambda b, h, q, k: jax.pure_callback(
-            f, jax.ShapeDtypeStruct((), bool), q, k, vmap_method="broadcast_all"
+        lambda f: (
+            lambda b, h, q, k: jax.pure_callback(f, jax.ShapeDtypeStruct((), bool), q, k, vmap_method="broadcast_all")
         ),
         CALLBACKS,
     ),
@@ -160,7 +162,9 @@ def test_a_method_is_asked_again():
 
     documents = Documents()
     for documents.ids in IDS:
-        np.testing.assert_array_equal(aj.Where(documents.visible).to_array(T, T), documents.ids[:, None] == documents.ids)
+        np.testing.assert_array_equal(
+            aj.Where(documents.visible).to_array(T, T), documents.ids[:, None] == documents.ids
+        )
 
 
 def test_equal_functions_written_anew_compile_once():
@@ -209,7 +213,7 @@ def test_captured_floats_keep_their_type(implementation):
     run = lambda q, score: (aj.attention(q, k, v, mask=rounded, score=score, **options) * w).sum()
     close(run(q, None), want[:1])
     if implementation != "cpu":
-        score = aj.ScoreFn(lambda s, b, h, q, k: s + (p[k] * 2).astype(s.dtype))
+        score = aj.ScoreFn(lambda s, b, h, q, k: s + p[k].astype(s.dtype) * 2)
         want = exact(jax.value_and_grad(loss(lambda s, p: s + p * 2, seen), (0, 3)), *ROWS[:3], p)
         value, (d_q, d_score) = jax.value_and_grad(run, (0, 1))(q, score)
         close((value, d_q), want[:2])
@@ -246,7 +250,9 @@ def test_a_wide_table_has_gradients_in_a_narrow_call():
         product = lambda q: jax.jvp(lambda q: jax.grad(run, 1)(q, score).constants[0], (q,), (q,))
         got = jax.jit(product)(ROWS[0])
     dense = loss(lambda s, t: s * t, True)
-    want = exact(lambda q, t: jax.jvp(lambda q: jax.grad(dense, 3)(q, *ROWS[1:3].astype(q.dtype), t), (q,), (q,)), ROWS[0], table)
+    want = exact(
+        lambda q, t: jax.jvp(lambda q: jax.grad(dense, 3)(q, *ROWS[1:3].astype(q.dtype), t), (q,), (q,)), ROWS[0], table
+    )
     close(got, want)
 
 
@@ -292,7 +298,9 @@ CASES = {
         aj.Causal(),
         i >= j,
     ),
-    "singular_at_zero": Case(lambda g: lambda s, *_: g * jnp.log(s * s), lambda s, g: g * jnp.log(s * s), np.float32(0.5)),
+    "singular_at_zero": Case(
+        lambda g: lambda s, *_: g * jnp.log(s * s), lambda s, g: g * jnp.log(s * s), np.float32(0.5)
+    ),
     "singular_at_hidden_keys": Case(
         lambda g: lambda s, b, h, q, k: s + jnp.log(g[k]),
         lambda s, g: s + jnp.log(jnp.where(j < 13, g, 1)),
@@ -312,10 +320,16 @@ CASES = {
     ),
     # pytorch#185991: a score function that does not read the score
     "content_free": Case(lambda g: lambda s, b, h, q, k: g[k], lambda s, g: jnp.broadcast_to(g, s.shape), ramp),
-    "uniform": Case(lambda g: lambda s, *_: jnp.zeros_like(s), lambda s, g: jnp.zeros_like(s), gamma, aj.Causal(), i >= j),
+    "uniform": Case(
+        lambda g: lambda s, *_: jnp.zeros_like(s), lambda s, g: jnp.zeros_like(s), gamma, aj.Causal(), i >= j
+    ),
     # lucidrains/x-transformers#244: a learned temperature
     "temperature": Case(
-        lambda g: lambda s, *_: jnp.tanh(s / g) * g, lambda s, g: jnp.tanh(s / g) * g, np.float32(0.5), aj.Causal(), i >= j
+        lambda g: lambda s, *_: jnp.tanh(s / g) * g,
+        lambda s, g: jnp.tanh(s / g) * g,
+        np.float32(0.5),
+        aj.Causal(),
+        i >= j,
     ),
     "rules": Case(
         lambda g: lambda s, b, h, q, k: jax.nn.relu(s * g[k]) + jax.nn.softplus(s) + jnp.logaddexp(s, g[q]),

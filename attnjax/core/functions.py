@@ -155,7 +155,11 @@ def _own_context() -> Iterator[None]:
     """What a program is must not depend on settings that happen to be made where it is traced."""
     manual = jax.sharding.AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
     # Inside jax.shard_map what is captured varies over axes of its mesh, and means nothing without them.
-    with contextlib.nullcontext() if manual else without_mesh(), jax.default_matmul_precision(None), jax.disable_jit(False):
+    with (
+        contextlib.nullcontext() if manual else without_mesh(),
+        jax.default_matmul_precision(None),
+        jax.disable_jit(False),
+    ):
         yield
 
 

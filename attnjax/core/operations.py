@@ -20,6 +20,7 @@ _CALLS = ("pjit", "jit", "closed_call", "core_call", "remat2", "checkpoint")
 _ELSEWHERE = ("sharding_constraint", "reshard", "mesh_cast", "pvary", "pcast")  # where a value lies, not what it is
 # Moves numbers and computes none: takes them in any type.
 _READS = frozenset((*SAME, "gather", "dynamic_slice", "slice", "transpose", "rev", "expand_dims"))
+_CONVERTS = _READS | {"convert_element_type"}
 # Their derivatives are sums and choices, finite whatever their inputs are.
 _LINEAR = frozenset(
     "add sub neg add_any select_n convert_element_type max min stop_gradient reduce_sum concatenate".split()
@@ -239,8 +240,8 @@ class Operations:
 
 
 def typed(value: Any, name: Any, step: Operation) -> Any:
-    """A value in the type that an operation was traced for; what only reads takes every type."""
-    if not isinstance(name, Name) or step.name in _READS or value.dtype == name.dtype:
+    """A value in the type that an operation was traced for; what only reads, or converts, takes every type."""
+    if not isinstance(name, Name) or step.name in _CONVERTS or value.dtype == name.dtype:
         return value
     return value.astype(name.dtype) if jnp.issubdtype(name.dtype, jnp.inexact) else value
 
