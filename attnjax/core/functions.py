@@ -142,8 +142,8 @@ def _jaxpr(function: Callable, dtype: str, name: str) -> Any:
         except Exception as error:
             if type(error).__name__ == "ShardingTypeError":
                 error.add_note(
-                    f"The function of {name} is of scalars, and reads arrays an element at a time: what it captures must "
-                    "not be divided over mesh axes of type Explicit. jax.reshard(array, jax.P()) before."
+                    f"The function of {name} is of scalars, and reads arrays an element at a time: what it captures "
+                    "must not be divided over mesh axes of type Explicit. jax.reshard(array, jax.P()) before."
                 )
             raise
     _check_result(shape, dtype != "mask", name)
@@ -176,8 +176,8 @@ def _traced_again(function: Callable, score: bool, name: str, captured: tuple) -
     kinds = tuple((tuple(x.shape), str(x.dtype)) for x in constants)
     if kinds != captured:
         raise ValueError(
-            f"the function of this pickled {name} captured {list(captured)} when it was pickled, and now {list(kinds)}: "
-            "it was changed, or jax.enable_x64 is set otherwise."
+            f"the function of this pickled {name} captured {list(captured)} when it was pickled, and now "
+            f"{list(kinds)}: it was changed, or jax.enable_x64 is set otherwise."
         )
     return made
 

@@ -120,7 +120,8 @@ class Walk:
     Attributes:
       problem: the sizes; blocks: how to cut them.
       kinds: int8 block map for these blocks, numpy where known.
-      operands: arrays in operand form, and `axes` of each. Floating-point parts reach `step` as float32 (float64), or wider.
+      operands: arrays in operand form, and `axes` of each. Floating-point parts reach `step` as float32 (float64) or
+        wider.
       outputs: what is made. Those by row come from `finish`, in this order; the others are summed over the steps.
       start: shape of a tile -> state of a row of tiles.
       step: (visit, state, parts of the operands in tile form) -> (state, parts of the outputs that are not by row).
