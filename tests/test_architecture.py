@@ -15,7 +15,15 @@ PACKAGE = Path(attnjax.__file__).parent
 
 # Each file imports only from steps before its own. Files of one step do not import each other, but for bench.
 STEPS = [
-    {"core.devices", "core.fingerprint", "core.dropout", "core.integers", "core.mesh_types", "core.softmax", "profiling"},
+    {
+        "core.devices",
+        "core.fingerprint",
+        "core.dropout",
+        "core.integers",
+        "core.mesh_types",
+        "core.softmax",
+        "profiling",
+    },
     {"core.operations"},
     {"core.functions"},
     {"core.node"},
