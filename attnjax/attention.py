@@ -153,8 +153,8 @@ def attention(
         block_map=block_map,
         return_lse=return_lse,
     )
-    out, lse = attend(problem, operands)
-    return (out, lse) if return_lse else out
+    made = attend(problem, operands)
+    return tuple(made) if return_lse else made[0]
 
 
 def build(
@@ -266,7 +266,7 @@ def _configured(implementation: str | None, config: Any) -> str | None:
 def _seeds(seed: Any, batch: tuple[int, ...], heads: int) -> Any:
     """Dropout's seeds by batch entry and head, uint32 [*B, N]."""
     if isinstance(seed, (int, np.integer)):
-        return _hashed(np.asarray(int(seed) % 2**32, np.uint32), batch, heads)
+        return jax.device_put(_hashed(np.asarray(int(seed) % 2**32, np.uint32), batch, heads))
     if not checks.broadcasts(seed.shape, batch):
         raise ValueError(f"dropout: seed is {describe(seed)} and must be a scalar or broadcast to *B = {list(batch)}.")
     if isinstance(seed, jax.ShapeDtypeStruct):

@@ -274,7 +274,9 @@ class RoPE:
             )
         dtype = jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
         rotated = self.rotated(x.shape[-1])
-        angles = positions[..., None].astype(dtype) * jnp.asarray(self._frequencies(x.shape[-1]), dtype)
+        positions = positions.reshape((1,) * (len(outer) - positions.ndim) + positions.shape)
+        frequencies = np.asarray(self._frequencies(x.shape[-1]), dtype)
+        angles = positions[..., None].astype(dtype) * frequencies.reshape((1,) * len(outer) + frequencies.shape)
         cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
         if isinstance(self.scaling, YaRN):
             magnitude = jnp.asarray(self.scaling.magnitude, dtype)

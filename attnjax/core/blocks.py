@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from attnjax.core.checks import check_count, check_leaves, check_static_lengths
 from attnjax.core.node import describe, is_array
-from attnjax.core.tiles import Grid, Sizes, operand_form, with_leaves
+from attnjax.core.tiles import Grid, Sizes, operand_form
 from attnjax.masks import Mask, Where, as_mask
 
 Array = jax.Array
@@ -134,8 +134,9 @@ class BlockMap:
         sizes = Sizes(tuple(batch), 0, query_length, key_length, heads, heads)
         mask = mask.settled(query_length, key_length)
         leaves = [operand_form(leaf, axes, len(sizes.batch)) for _, leaf, axes in mask.operands()]
-        kinds = Grid(sizes, block_q, block_k).kinds(with_leaves(mask, leaves))
-        return _made(jnp.asarray(kinds), (query_length, key_length, block_q, block_k, structure))
+        known = all(isinstance(leaf, (np.ndarray, np.generic)) for leaf in leaves)
+        found = (_kinds if known else _traced_kinds)(jax.tree.structure(mask), sizes, (block_q, block_k), leaves)
+        return _made(jax.device_put(found), (query_length, key_length, block_q, block_k, structure))
 
     def counts(self) -> dict[str, int]:
         """How many blocks are empty, partial and full, over all batch entries and heads that differ."""
@@ -159,3 +160,11 @@ jax.tree_util.register_pytree_with_keys(
     ),
     lambda static, kinds: _made(kinds[0], static),
 )
+
+
+def _kinds(structure: Any, sizes: Sizes, blocks: tuple[int, int], leaves: list[Any]) -> Any:
+    """The blocks of the mask with these leaves; numpy where all of them are known."""
+    return Grid(sizes, *blocks).kinds(jax.tree.unflatten(structure, leaves))
+
+
+_traced_kinds = jax.jit(_kinds, static_argnums=(0, 1, 2))

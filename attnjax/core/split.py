@@ -125,10 +125,13 @@ class Split:
         found: list[Split] = []
 
         def split(operands: list[Any]) -> list[Any]:
-            found.append(cls(problem, operands))
-            return found[0].arrays
+            made = cls(problem, operands)
+            arrays, made.operands, made.arrays = made.arrays, list(described), []
+            found.append(made)  # without tracers, which must not be seen outside
+            return arrays
 
-        jax.eval_shape(split, list(operands))
+        described = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+        found[0].arrays = jax.eval_shape(split, described)
         return found[0]
 
     @property

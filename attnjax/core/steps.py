@@ -106,9 +106,9 @@ def _traced(kinds: Any, visited: Any, by_key: bool) -> Array:
     columns = kinds.shape[-1]
     order = jnp.argsort(~visited, axis=-1, stable=True).astype(np.int32)
     counts = visited.sum(-1, keepdims=True, dtype=np.int32)
-    place = np.arange(columns, dtype=np.int32)
+    row = lambda n, *last: np.arange(n, dtype=np.int32).reshape((1,) * (kinds.ndim - 1 - len(last)) + (n, *last))
+    place = row(columns)
     order = jnp.take_along_axis(order, jnp.minimum(place, jnp.maximum(counts - 1, 0)), axis=-1)
     kinds = jnp.where(place < counts, jnp.take_along_axis(kinds, order, axis=-1), np.int8(0))
-    rows = np.arange(kinds.shape[-2], dtype=np.int32)[:, None]
-    numbers = _number(rows, order, place == 0, place == columns - 1, kinds, by_key)
+    numbers = _number(row(kinds.shape[-2], 1), order, place == 0, place == columns - 1, kinds, by_key)
     return numbers.reshape(*kinds.shape[:2], -1)

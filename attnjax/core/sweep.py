@@ -8,7 +8,7 @@ the same tiles, skip the same blocks, save nothing between tiles, and so need me
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from functools import partial, wraps
 from typing import Any, Protocol
 
 import jax
@@ -249,6 +249,17 @@ def lead(operands: list, dims: list) -> tuple[list, int]:
     return moved, size
 
 
+def _by_own_rules(body: Any) -> Any:
+    """The body as it is without what users forbid their own code: arrays of other ranks broadcast in it."""
+
+    @wraps(body)
+    def run(*args: Any, **options: Any) -> Any:
+        with jax.numpy_rank_promotion("allow"):
+            return body(*args, **options)
+
+    return run
+
+
 def register(
     primitive: Primitive,
     abstract: Any,
@@ -261,6 +272,7 @@ def register(
     by XLA) and the parameters. Inside `jax.shard_map` it is told nothing of the devices: kernels know no such types.
     """
     primitive.def_abstract_eval(abstract)
+    body = _by_own_rules(body)
     here = lambda: {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     run = lambda *args, params: body(*args, platform=here(), exported=False, divided=False, **dict(params))
     eager = jax.jit(run, static_argnames="params")

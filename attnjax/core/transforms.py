@@ -1,6 +1,6 @@
 """The three primitives of attention and their rules. `attend` binds them; every transform follows from here.
 
-    attention           operands -> out, and highest and total: lse = highest + log(total)
+    attention           operands -> out, and highest and total: lse = highest + log(total), -inf where the total is 0
     attention_tangent   linear in the tangents; the derivatives of out and lse
     attention_backward  linear in the cotangents; its transpose, the flash backward
 
@@ -22,7 +22,7 @@ from attnjax.core.dispatch import choose, shares
 from attnjax.core.mesh_types import Operand, check_positions, placed_as, result_types, vary_together
 from attnjax.core.program import Problem
 from attnjax.core.sharding import shared_out, tell_devices
-from attnjax.core.softmax import Rows, log_sum_exp
+from attnjax.core.softmax import Rows, finite, log_sum_exp
 from attnjax.core.sweep import lead, register
 from attnjax.core.walk import push
 
@@ -34,9 +34,9 @@ _ROWS = ("th.", "th", "th")
 
 @partial(jax.jit, static_argnums=0)
 def attend(problem: Problem, operands: list[Array]) -> list[Array]:
-    """Attention as one differentiable operation: operands in operand form -> [out, lse]."""
+    """Attention as one differentiable operation: operands in operand form -> [out], and lse where it is returned."""
     out, highest, total = attention_p.bind(*vary_together(operands), problem=problem)
-    return [out, log_sum_exp(highest, total)]
+    return [out, log_sum_exp(highest, total)] if problem.returns_lse else [out]
 
 
 attention_p, tangent_p, backward_p = (Primitive(f"attention{x}") for x in ("", "_tangent", "_backward"))
@@ -82,7 +82,9 @@ def _attention(*operands: Array, platform: str, exported: bool, divided: bool, p
     def body(problem: Problem, shapes: Shapes) -> Any:
         def run(*operands: Array) -> list[Array]:
             choice = choose(problem, list(operands), platform, "forward", exported=exported)
-            return list(choice.kernel.forward(choice.own(problem), list(operands), platform))
+            rows = choice.kernel.forward(choice.own(problem), list(operands), platform)
+            # The total says already where nothing is seen. Infinities would be found by jax.debug_infs.
+            return list(rows._replace(highest=finite(rows.highest)))
 
         return run
 

@@ -72,7 +72,8 @@ def visits(
     ranks = rank[kinds] if xp is np else jnp.asarray(rank)[kinds]
     order = xp.argsort(ranks, axis=-1, stable=True).astype(np.int32)
     partial, visited = (kinds == 1).sum(-1), (kinds > 0).sum(-1)
-    place = xp.minimum(np.arange(columns), xp.maximum(visited[..., None] - 1, 0))
+    every = np.arange(columns).reshape((1,) * visited.ndim + (columns,))
+    place = xp.minimum(every, xp.maximum(visited[..., None] - 1, 0))
     blocks = xp.take_along_axis(order, place, axis=-1) if columns else order
     counts = xp.stack([partial, visited], -1).astype(np.int32)
     return Visits(counts, blocks.astype(np.int32), tuple(lanes))
@@ -93,7 +94,8 @@ def block_kinds(problem: Problem, operands: list[Any], block_q: int, block_k: in
         kinds = xp.take(kinds, np.arange(columns) * block_k // given_k, axis=-1)
     whole_q = np.arange(rows) < sizes.query_length // block_q
     whole_k = np.arange(columns) < sizes.key_length // block_k
-    return xp.minimum(kinds, np.where(whole_q[:, None] & whole_k, 2, 1).astype(np.int8))
+    most = np.where(whole_q[:, None] & whole_k, 2, 1).astype(np.int8)
+    return xp.minimum(kinds, most.reshape((1,) * (kinds.ndim - 2) + most.shape))
 
 
 class Lists:

@@ -341,11 +341,11 @@ class _Visits:
             if low.shape[axis] > 1:
                 split = lambda x, axis=axis, lane=lane: x.reshape(*x.shape[:axis], -1, lane, *x.shape[axis + 1 :])
                 low, high = split(low).min(axis + 1), split(high).max(axis + 1)
-        ragged = np.zeros(low.shape[-2:], bool)
+        ragged = np.zeros((*(1,) * (low.ndim - 2), *low.shape[-2:]), bool)
         if walk.lengths["t"] % walk.blocks.block_q and not walk.overwrite:
-            ragged[-1, :] = True
+            ragged[..., -1, :] = True
         if walk.lengths["s"] % walk.blocks.block_k:
-            ragged[:, -1] = True
+            ragged[..., -1] = True
         full = (low == 2) & ~ragged
         partial = (high > 0) & ~full
         # Stable order: partial 0, full 1, empty 2.

@@ -201,28 +201,31 @@ def _packed(seen: Array) -> Array:
     """Booleans [..., S] as bits, the first key lowest: uint8 [..., S / 8]."""
     short = -seen.shape[-1] % 8
     seen = jnp.pad(seen, [(0, 0)] * (seen.ndim - 1) + [(0, short)]).reshape(*seen.shape[:-1], -1, 8)
-    return (seen.astype(jnp.uint8) << np.arange(8, dtype=np.uint8)).sum(-1, dtype=jnp.uint8)
+    places = np.arange(8, dtype=np.uint8).reshape((1,) * (seen.ndim - 1) + (8,))
+    return (seen.astype(jnp.uint8) << places).sum(-1, dtype=jnp.uint8)
 
 
 def _unsupported_mask(problem: Problem, operands: list[Any]) -> str | None:
-    found: list[Rule] = []
+    names: list[str] = []
+    depth: list[int] = []
 
     def steps(operands: list[Any]) -> list[Any]:
-        found.append(separate(problem.program.mask_of(operands), problem.sizes))
-        return _flattened(found[0])[1]
+        rule = separate(problem.program.mask_of(operands), problem.sizes)
+        names.extend(_flattened_names(rule))
+        depth.append(_depth(rule))
+        return _flattened(rule)[1]
 
     try:
         arrays = jax.eval_shape(steps, list(operands))
     except NotSeparable as reason:
         return f"cannot take this mask: {reason}"
-    names = _flattened_names(found[0])
     bits = sum(math.prod(a.shape) for a in arrays if a.dtype == np.uint8)
     if bits > _MOST_BITS:
         return f"would pack this mask into {bits / 2**20:.0f} MiB, more than {_MOST_BITS // 2**20} MiB"
     dense = sum(name in ("dense", "bits") for name in names)
     comparisons = sum(name in _MASK_STEPS[:5] for name in names)
     too_many = comparisons > _MOST_COMPARISONS or dense > _MOST_ARRAYS or len(names) > _MOST_STEPS
-    if too_many or _depth(found[0]) > _MOST_DEPTH:
+    if too_many or depth[0] > _MOST_DEPTH:
         return "cannot take a mask of so many parts"
     return None
 

@@ -73,7 +73,7 @@ class Projection(nnx.Module):
         size = math.prod(self.inputs)
         y = x.reshape(*outer, size) @ kernel.reshape(size, -1)
         if bias is not None:
-            y = y + bias.reshape(-1)
+            y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
         return y.reshape(*outer, *self.outputs)
 
 
