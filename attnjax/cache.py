@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from attnjax.attention import attention
 from attnjax.core.checks import broadcasts, check_count, check_integer
+from attnjax.core.mesh_types import divided_as, names_of, with_auto_axes
 from attnjax.core.node import describe, is_array
 from attnjax.core.placed import placed
 from attnjax.masks import Causal, Mask, Window, as_mask
@@ -168,6 +169,9 @@ class KVCache:
           [3, 1]
         """
         self._check(key, value, lengths)
+        return self._divided_as(key, value)._appended(key, value, lengths)
+
+    def _appended(self, key: Array, value: Array, lengths: Array | None) -> KVCache:
         count = key.shape[-3]
         self.check_room(count, lengths)
         added = np.int32(count) if lengths is None else _counts(lengths)
@@ -254,13 +258,14 @@ class KVCache:
                 f"{describe(key)}."
             )
         cache = self.append(key, value, lengths)
-        keys, values, places = self._seen(cache, key, value, lengths, query.dtype)
-        place = functools.partial(placed, batch=self.batch, start=self.length, keys=places)
+        before = self._divided_as(key, value)
+        keys, values, places = before._seen(cache, key, value, lengths, query.dtype)
+        place = functools.partial(placed, batch=self.batch, start=before.length, keys=places)
         causal = Causal() if self.window is None else Window(self.window, 0)
         mask = causal if mask is None else causal & as_mask(mask)
         scores = tuple(place(s) for s in as_scores(score))
         made = attention(query, keys, values, mask=place(mask), score=scores, **options)
-        right = self._sees() & (cache.length >= 0)  # a row that is not must not look like one that is
+        right = before._sees() & (cache.length >= 0)  # a row that is not must not look like one that is
         if self.window is None:
             right &= cache.length <= self.capacity
         return jax.tree.map(functools.partial(_where_right, right), made), cache
@@ -398,6 +403,13 @@ class KVCache:
         whole = lambda x, scale: (x.astype(jnp.float32) * scale[..., None]).astype(dtype)
         return whole(self.key, self.key_scale), whole(self.value, self.value_scale)
 
+    def _divided_as(self, key: Array, value: Array) -> KVCache:
+        """The cache, divided over devices as what comes is, where types tell how."""
+        held = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "window"}
+        like = {"value": value, "value_scale": value}
+        new = {name: divided_as(x, like.get(name, key)) for name, x in held.items() if x is not None}
+        return dataclasses.replace(self, **new)
+
     def _check(self, key: Any, value: Any, lengths: Any) -> None:
         """Shapes and types of what is appended."""
         given = f"key {describe(key)}, value {describe(value)}"
@@ -419,6 +431,11 @@ class KVCache:
 
 def _written(held: Array, new: Array, slots: Array) -> Array:
     """`held` [*B, S, ...] with `new` [*B, T, ...] at `slots` [*B, T]; what has no slot is dropped."""
+    names = lambda held, *_: [names_of(held, i) for i in range(held.ndim)]
+    return with_auto_axes(_write, names, held, new, slots)
+
+
+def _write(held: Array, new: Array, slots: Array) -> Array:
     n = slots.ndim - 1
     if math.prod(slots.shape) == 1:  # one token: plainly a slice that is written in place
         slot, zero = slots.reshape(()), np.int32(0)  # a Python zero would be int64 under x64

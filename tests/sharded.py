@@ -64,7 +64,8 @@ SHARED = (DATA, DATA, DATA, NONE, NONE, NONE, DATA, NONE)
 gradient = jax.grad(loss, argnums=FLOATS)
 tangent = lambda q, k, v: jax.jvp(attend, (q, k, v), (2 * q, v, k))
 one_head = (k[:, :, :1], v[:, :, :1])
-two_heads = (k[:, :, :2], v[:, :, :2])
+two_heads = (k[:, :, :2], v[:, :, :2])  # fewer than devices
+twelve, *six_heads = normal(B, T, 12, H), normal(B, T, 6, H), normal(B, T, 6, H)
 by_head = aj.Where(lambda b, h, q, k: (q + h) % 3 != k % 3)
 
 CASES = {  # a function, its arguments, how they lie; and another function that gives the same on one device
@@ -73,6 +74,7 @@ CASES = {  # a function, its arguments, how they lie; and another function that 
     "gradient by batch": (gradient, ALL, SHARED),
     "gradient by batch and head": (gradient, ALL, DIVIDED),
     "gradient with one key head": (gradient, (q, *one_head, *ALL[3:]), (BOTH, DATA, DATA, *DIVIDED[3:])),
+    "gradient with two key heads": (gradient, (q, *two_heads, *ALL[3:]), (BOTH, DATA, DATA, *DIVIDED[3:])),
     "tangent": (tangent, (q, k, v), (BOTH,) * 3),
     "second order": (product, ALL, SHARED),
     "second order by batch and head": (product, ALL, DIVIDED),
@@ -82,7 +84,7 @@ CASES = {  # a function, its arguments, how they lie; and another function that 
         (DATA, NONE, NONE, NONE, NONE, NONE, DATA),
     ),
     "vmap": (jax.vmap(attend, in_axes=(0, None, None)), (q, k[0], v[0]), (DATA, NONE, NONE)),
-    "key heads that do not divide": (attend, (q, *two_heads), (BOTH, DATA, DATA)),
+    "key heads that do not divide": (attend, (twelve, *six_heads), (BOTH, DATA, DATA)),
     "function of heads": (lambda q, k, v: attend(q, k, v, mask=by_head), (q, k, v), (BOTH,) * 3),
     "by position": (attend, (q, k, v), (P(None, "data"),) * 3),
     "shard_map": (by_hand, ALL[:7], DIVIDED[:7], loss),

@@ -1,4 +1,7 @@
-"""A program for test_nn.py: a stack of blocks divided over 8 simulated devices, and on one. Prints JSON lines."""
+"""A program for test_nn.py: blocks and models divided over 8 simulated devices, and on one. Prints JSON lines.
+
+The stack of blocks runs on a mesh with Auto axes and on one with Explicit axes, the models on the latter.
+"""
 
 import collections
 import json
@@ -8,15 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from attnjax.models import (
+    DecoderConfig,
+    DecoderLM,
+    Transformer,
+    TransformerConfig,
+    VisionConfig,
+    VisionTransformer,
+)
 from attnjax.nn import DecoderBlock, RoPE, Stack
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)  # compiled to be run once
-MESH = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
-RULES = (("embed", None), ("heads", "model"), ("size", None), ("mlp", "model"), ("vocab", "model"), ("layers", None))
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+MESHES = {kind: jax.make_mesh((2, 4), ("data", "model"), axis_types=(own,) * 2) for kind, own in KINDS.items()}
+RULES = dict(embed=None, heads="model", key_heads="model", size=None, mlp="model", vocab="model", layers=None)
+FEW_KEY_HEADS = RULES | {"key_heads": None}  # fewer than devices: each has all of them
 MOVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[-\w]*\("
 rng = np.random.default_rng(0)
 x, context = (jnp.asarray(rng.normal(size=(4, length, 16)), jnp.float32) for length in (12, 8))
@@ -36,23 +49,82 @@ def parts(array):
     return len({str(shard.index) for shard in array.addressable_shards})
 
 
-for name, scan in {"loop": False, "scan": True, "placed when made": False}.items():
+def report(name, got, want, **facts):
+    differ = lambda a, b: float(jnp.abs(np.asarray(a) - b).max() / (1 + jnp.abs(b).max()))
+    error = max(differ(a, b) for a, b in zip(jax.tree.leaves(got), want, strict=True))
+    print(json.dumps({"name": name, "error": error} | facts))
+
+
+def divided(arrays, mesh):
+    return [jax.device_put(array, NamedSharding(mesh, P("data"))) for array in arrays]
+
+
+for name, (kind, scan) in {
+    "loop": ("auto", False),
+    "scan": ("auto", True),
+    "placed when made": ("auto", False),
+    "explicit, scan": ("explicit", True),
+    "explicit, placed when made": ("explicit", False),
+}.items():
+    mesh = MESHES[kind]
     graph, params, rest = nnx.split(Stack(make, 2, scan=scan, rngs=nnx.Rngs(0)), nnx.Param, ...)
     want = jax.tree.leaves(jax.jit(gradients)(params, x, context))
-    with nnx.logical_axis_rules(RULES):
-        if name == "placed when made":
-            with jax.set_mesh(MESH):
+    with nnx.logical_axis_rules(RULES.items()):
+        if "placed when made" in name:
+            with jax.set_mesh(mesh):
                 placed = nnx.state(Stack(make, 2, scan=scan, rngs=nnx.Rngs(0)), nnx.Param)
         else:
-            placed = jax.device_put(params, nnx.get_named_sharding(params, MESH))
-    data = [jax.device_put(array, NamedSharding(MESH, P("data"))) for array in (x, context)]
-    compiled = jax.jit(gradients).lower(placed, *data).compile()
-    got = jax.tree.leaves(compiled(placed, *data))
-    differ = lambda a, b: float(jnp.abs(np.asarray(a) - b).max() / (1 + jnp.abs(b).max()))
+            placed = jax.device_put(params, nnx.get_named_sharding(params, mesh))
+    data = divided((x, context), mesh)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gradients).lower(placed, *data).compile()
+        got = compiled(placed, *data)
     block = placed["layers"] if scan else placed["layers"][0]
     kernels = dict(query=block["attention"]["query"]["kernel"], up=block["feed_forward"]["up"]["kernel"])
     kernels["norm"] = block["attention_norm"]["scale"]
-    facts = {key: parts(variable[...]) for key, variable in kernels.items()} | {"x": parts(got[1])}
+    facts = {key: parts(variable[...]) for key, variable in kernels.items()} | {"x": parts(got[1][0])}
     moves = collections.Counter(re.findall(MOVES, compiled.as_text()))
-    error = max(differ(a, b) for a, b in zip(got, want, strict=True))
-    print(json.dumps({"name": name, "error": error, "parts": facts, "moves": moves}))
+    report(name, got, want, parts=facts, moves=moves)
+
+
+def decoded(model, tokens):
+    """Logits of a prompt and of two more tokens, one by one, with caches that were made undivided."""
+    caches, outs = model.create_caches(4, 8), []
+    for piece in jnp.split(tokens, [4, 5], axis=1):
+        out, caches = model(piece, caches=caches)
+        outs.append(out)
+    return jnp.concatenate(outs, 1)
+
+
+small = dict(features=16, num_heads=4)
+tokens = jnp.asarray(rng.integers(0, 24, (4, 6)), jnp.int32)
+images = jnp.asarray(rng.normal(size=(4, 4, 4, 1)), jnp.float32)
+decoder = lambda **more: lambda: DecoderLM(DecoderConfig(24, num_layers=1, **small, **more), rngs=nnx.Rngs(0))
+translator = TransformerConfig(24, **small, hidden=32, encoder_layers=1, decoder_layers=1, dropout=0.0)
+vision = VisionConfig((4, 4), (2, 2), 8, num_layers=1, channels=1, **small)
+call = lambda model, *inputs: model(*inputs)
+MODELS = {
+    "learned positions, tied": (decoder(max_length=8), call, [tokens]),
+    "packed": (decoder(positions=RoPE(), key_heads=2), lambda m, x: m(x, segments=x // 12), [tokens]),
+    "caches": (decoder(positions=RoPE(), key_heads=2, tie_embeddings=False), decoded, [tokens]),
+    "encoder and decoder": (lambda: Transformer(translator, rngs=nnx.Rngs(0)), call, [tokens, tokens]),
+    "vision": (lambda: VisionTransformer(vision, rngs=nnx.Rngs(0)), call, [images]),
+}
+
+
+def compare(name, make, call, inputs):
+    graph, params, rest = nnx.split(make(), nnx.Param, ...)
+    logits = lambda params, *inputs: call(nnx.merge(graph, params, rest), *inputs)
+    step = jax.jit(jax.value_and_grad(lambda *args: jnp.sin(logits(*args)).sum()))
+    want = jax.tree.leaves(step(params, *inputs))
+    data = divided(inputs, MESHES["explicit"])
+    with jax.set_mesh(MESHES["explicit"]):
+        for parameters, rules in {"whole": {}, "divided": FEW_KEY_HEADS}.items():
+            with nnx.logical_axis_rules(rules.items()):
+                placed = nnx.state(make(), nnx.Param)
+            batch = jax.eval_shape(logits, placed, *data).sharding.spec[0]
+            report(f"{name}, {parameters}", step(placed, *data), want, batch=batch)
+
+
+for name, model in MODELS.items():
+    compare(name, *model)

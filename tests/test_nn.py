@@ -458,7 +458,9 @@ def test_every_parameter_has_axis_names():
         for path, variable in [pair for part in parts for pair in nnx.to_flat_state(nnx.state(part, nnx.Param))]:
             axes = variable.get_metadata()["out_sharding"]
             assert len(axes) == variable[...].ndim, path
-            assert set(axes) <= {"embed", "heads", "size", "mlp", "vocab", "layers", None} and any(axes), path
+            assert set(axes) <= {"embed", "heads", "key_heads", "size", "mlp", "vocab", "layers", None} and any(axes), (
+                path
+            )
             assert (axes[0] == "layers") == (scan and path[0] == "layers"), path
     spec = nnx.get_partition_spec(nnx.state(stack, nnx.Param))["layers"]["attention"]["query"]["kernel"]
     assert tuple(spec.get_value()) == ("layers", "embed", "heads", "size")
@@ -473,12 +475,32 @@ def sharded():
     return {case["name"]: case for case in map(json.loads, run.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("name", ["loop", "scan", "placed when made"])
+STACKS = ["loop", "scan", "placed when made", "explicit, scan", "explicit, placed when made"]
+MODELS = ["learned positions, tied", "packed", "caches", "encoder and decoder", "vision"]
+
+
+@pytest.mark.parametrize("name", STACKS)
 def test_eight_devices_give_the_same_numbers(name):
     case = sharded()[name]
     assert case["error"] < 2e-6
     assert case["parts"] == {"query": 4, "up": 4, "norm": 1, "x": 2}  # by heads, by hidden numbers, whole; by batch
     assert "all-gather" not in case["moves"]
+
+
+@pytest.mark.parametrize("parameters", ["whole", "divided"])
+@pytest.mark.parametrize("name", MODELS)
+def test_models_on_meshes_with_explicit_axes(name, parameters):
+    """Value and gradients; with parameters divided there are more devices than key heads."""
+    case = sharded()[f"{name}, {parameters}"]
+    assert case["error"] < 2e-6
+    assert case["batch"] == "data"
+
+
+@pytest.mark.filterwarnings("ignore:.with mesh.:DeprecationWarning")  # of JAX
+def test_with_mesh_places_nothing_and_says_so():
+    with jax.make_mesh((1,), ("model",)), nnx.logical_axis_rules([("heads", "model")]):
+        with pytest.raises(ValueError, match="with mesh: places no parameters. Use jax.set_mesh"):
+            attend()
 
 
 # Bad input

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -87,6 +87,42 @@ def placed_as(x: Array, aval: Any) -> Array:
     return jax.sharding.reshard(x, aval.sharding)
 
 
+def divided_as(x: Array, like: Array) -> Array:
+    """The array, with each axis divided as the same axis of the other, where that one is divided and has it."""
+    own, other = jax.typeof(x), jax.typeof(like)
+    if not _is_explicit(other):
+        return x
+    names = [names_of(other, i) if i < other.ndim and names_of(other, i) else names_of(own, i) for i in range(own.ndim)]
+    return jax.sharding.reshard(x, _placed(other, names))
+
+
+def gathered(x: Array) -> Array:
+    """The array, whole on each device."""
+    aval = jax.typeof(x)
+    return jax.sharding.reshard(x, _placed(aval, [()] * aval.ndim)) if _is_explicit(aval) else x
+
+
+def division(names: Callable[..., Sequence[Names]], *arrays: Array) -> NamedSharding | None:
+    """How a result of these arrays is to lie; `None` where no type says anything of devices.
+
+    Args:
+      names: types of the arrays -> for each axis of the result the axes of the mesh. What is named twice counts once.
+    """
+    avals = [jax.typeof(x) for x in arrays]
+    typed = next((a for a in avals if _is_explicit(a)), None)
+    return None if typed is None else _placed(typed, names(*avals))
+
+
+def with_auto_axes(function: Callable[..., Array], names: Callable[..., Sequence[Names]], *arrays: Array) -> Array:
+    """function(*arrays) with Auto axes: XLA decides what moves. The result is divided as `names` says (`division`)."""
+    place = division(names, *arrays)
+    if place is None:
+        return function(*arrays)
+    mesh = place.mesh
+    explicit = tuple(n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=place)(*arrays)
+
+
 def check_positions(axes: Sequence[str], avals: Sequence[Any], n: int, name_of: Any) -> None:
     """Whether the types divide no argument but by batch entry and head.
 
@@ -105,6 +141,15 @@ def check_positions(axes: Sequence[str], avals: Sequence[Any], n: int, name_of: 
             f"divided by batch entry and head. Gather it, jax.sharding.reshard({name_of(i)}, {_spec(whole)}), or call "
             "attention inside jax.shard_map on parts; attnjax.merge puts parts of the keys together."
         )
+
+
+def _placed(typed: Any, names: Sequence[Names]) -> NamedSharding:
+    taken: set[str] = set()
+    once = []
+    for some in names:
+        once.append(() if taken & set(some) else some)
+        taken.update(once[-1])
+    return NamedSharding(typed.sharding.mesh, _spec(once))
 
 
 def _spec(names: Sequence[Names | None]) -> PartitionSpec:

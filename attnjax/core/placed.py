@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attnjax.core.mesh_types import gathered
 from attnjax.core.node import Node, is_array
 from attnjax.core.tiles import operand_form
 from attnjax.masks import Where
@@ -47,8 +48,10 @@ def placed(node: Any, batch: tuple[int, ...], start: Array, keys: Array | None =
 def _function(node: Any, batch: tuple[int, ...], start: Array, keys: Array | None) -> Any:
     """The rule of a mask or score for one pair, as a function of where the two stand."""
     node = node.settled(0, 0)
-    rows = jnp.broadcast_to(start, batch).reshape(-1)
-    places = None if keys is None else jnp.broadcast_to(keys, (*batch, keys.shape[-1])).reshape(-1, keys.shape[-1])
+    rows = jnp.broadcast_to(gathered(start), batch).reshape(-1)
+    places = None
+    if keys is not None:
+        places = jnp.broadcast_to(gathered(keys), (*batch, keys.shape[-1])).reshape(-1, keys.shape[-1])
     leaves, structure = jax.tree.flatten(node)
     axes = [axes for _, _, axes in node.operands()]
     by_row = [_by_row(leaf, names, batch) for leaf, names in zip(leaves, axes, strict=True)]
@@ -65,7 +68,7 @@ def _function(node: Any, batch: tuple[int, ...], start: Array, keys: Array | Non
 
 def _by_row(leaf: Any, axes: str, batch: tuple[int, ...]) -> Array:
     """A leaf with one axis of batch entries in front, of size 1 where they share it."""
-    leaf = jnp.asarray(operand_form(leaf, axes, len(batch)))
+    leaf = gathered(jnp.asarray(operand_form(leaf, axes, len(batch))))
     n = len(batch)
     if any(size > 1 for size in leaf.shape[:n]):
         leaf = jnp.broadcast_to(leaf, (*batch, *leaf.shape[n:]))

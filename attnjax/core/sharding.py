@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax._src.dispatch import prim_requires_devices_during_lowering  # has no public name
-from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
+from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
 from jax.extend.core import Primitive
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -32,7 +32,7 @@ class _Share:
 
     batch: tuple[Names, ...]
     heads: Names
-    key_heads: Names  # those of `heads`, or none where all query heads share one key/value head
+    key_heads: Names  # those of `heads`, or none where there are more devices than key/value heads
 
     def names(self, sizes: Any, operand: Operand) -> list[Names]:
         """The mesh axes that divide each axis of an array."""
@@ -49,8 +49,32 @@ class _Share:
 
     def local(self, sizes: Any, operand: Operand, mesh: Mesh) -> tuple[int, ...]:
         """The shape of a device's share."""
-        names = self.names(sizes, operand)
-        return tuple(size // _count(mesh, n) for size, n in zip(operand.shape, names, strict=True))
+        letters = "b" * len(sizes.batch) + operand.axes
+        whole = (1 if self.picks(sizes, x) else size for x, size in zip(letters, operand.shape, strict=True))
+        return tuple(size // _count(mesh, n) for size, n in zip(whole, self.names(sizes, operand), strict=True))
+
+    def picks(self, sizes: Any, letter: str) -> bool:
+        """Whether each device needs one of the key/value heads that it is given."""
+        return letter == "k" and bool(self.heads) and not self.key_heads and sizes.key_heads > 1
+
+    def picked(self, x: Array, sizes: Any, operand: Operand, mesh: Mesh) -> Array:
+        """What a device needs of what it is given: the key/value head of its query heads."""
+        for axis, letter in enumerate(operand.axes, len(sizes.batch)):
+            if self.picks(sizes, letter):
+                x = lax.dynamic_slice_in_dim(x, self._own_head(sizes, mesh), 1, axis)
+        return x
+
+    def put_back(self, x: Array, sizes: Any, operand: Operand, mesh: Mesh) -> Array:
+        """The reverse, for a result: 0 for the heads of other devices."""
+        for axis, letter in enumerate(operand.axes, len(sizes.batch)):
+            if self.picks(sizes, letter):
+                shape = [sizes.key_heads if i == axis else size for i, size in enumerate(x.shape)]
+                whole = jnp.zeros(shape, x.dtype)
+                x = lax.dynamic_update_slice_in_dim(whole, x, self._own_head(sizes, mesh), axis)
+        return x
+
+    def _own_head(self, sizes: Any, mesh: Mesh) -> Array:
+        return lax.axis_index(self.heads) * sizes.key_heads // _count(mesh, self.heads)
 
     def summed_over(self, sizes: Any, operand: Operand) -> Names:
         """The mesh axes that divide the work and not this result, which is a sum over them."""
@@ -81,15 +105,16 @@ def shared_out(
             sizes,
             batch=tuple(size // _count(mesh, names) for size, names in zip(sizes.batch, share.batch, strict=True)),
             heads=sizes.heads // _count(mesh, share.heads),
-            key_heads=sizes.key_heads // _count(mesh, share.key_heads),
+            key_heads=1 if share.picks(sizes, "k") else sizes.key_heads // _count(mesh, share.key_heads),
         )
         own = body(dataclasses.replace(problem, sizes=local), [share.local(sizes, r, mesh) for r in results])
 
         def lower(*arrays: Array) -> list[Array]:
             sums = (share.summed_over(sizes, r) for r in results)
             with without_mesh():
-                made = own(*arrays)
-            return [lax.psum(x, names) if names else x for x, names in zip(made, sums, strict=True)]
+                needed = [share.picked(x, sizes, a, mesh) for x, a in zip(arrays, arguments, strict=True)]
+                made = [share.put_back(x, sizes, r, mesh) for x, r in zip(own(*needed), results, strict=True)]
+                return [lax.psum(x, names) if names else x for x, names in zip(made, sums, strict=True)]
 
         place = lambda some: [NamedSharding(mesh, share.spec(sizes, x)) for x in some]
         return mesh, lower, place(results), tuple(place(arguments))
@@ -119,11 +144,11 @@ def _chosen(problem: Problem, arguments: Sequence[Operand], shardings: Sequence[
     specs = [s.spec if isinstance(s, NamedSharding) else PartitionSpec() for s in shardings]
     taken: set[str] = set()
 
-    def first(places: list[tuple[int, int]], size: int) -> Names:
+    def first(places: list[tuple[int, int]], fits: Callable[[int], bool]) -> Names:
         for argument, axis in places:
             entry = specs[argument][axis] if axis < len(specs[argument]) else None
             names = entry if isinstance(entry, tuple) else (entry,) if isinstance(entry, str) else ()
-            if names and not taken & set(names) and size % _count(mesh, names) == 0:
+            if names and not taken & set(names) and fits(_count(mesh, names)):
                 taken.update(names)
                 return names
         return ()
@@ -131,12 +156,13 @@ def _chosen(problem: Problem, arguments: Sequence[Operand], shardings: Sequence[
     batch = []
     for axis, size in enumerate(sizes.batch):
         places = [(i, axis) for i, a in enumerate(arguments) if a.shape[axis] > 1]
-        batch.append(() if reads_batch and axis >= sizes.mapped else first(places, size))
-    one = sizes.key_heads == 1
-    places = [(i, n + a.axes.index("h")) for i, a in enumerate(arguments) if "h" in a.axes]
-    places += [] if one else [(i, n + a.axes.index("k")) for i, a in enumerate(arguments) if "k" in a.axes]
-    heads = () if reads_heads else first(places, sizes.heads if one else sizes.key_heads)
-    return _Share(tuple(batch), heads, () if one else heads)
+        fits = lambda count, size=size: size % count == 0
+        batch.append(() if reads_batch and axis >= sizes.mapped else first(places, fits))
+    whole = lambda count: sizes.key_heads % count == 0  # key heads on each device
+    parts = lambda count: count % sizes.key_heads == 0 and sizes.heads % count == 0  # devices for each key head
+    places = [(i, n + a.axes.index(x)) for x in "hk" for i, a in enumerate(arguments) if x in a.axes]
+    heads = () if reads_heads else first(places, lambda count: whole(count) or parts(count))
+    return _Share(tuple(batch), heads, heads if whole(_count(mesh, heads)) else ())
 
 
 def _rule(problem: Problem, arguments: Sequence[Operand], results: Sequence[Operand]) -> SdyShardingRule:
@@ -144,7 +170,6 @@ def _rule(problem: Problem, arguments: Sequence[Operand], results: Sequence[Oper
     sizes, n = problem.sizes, len(problem.sizes.batch)
     reads_batch, reads_heads = problem.program.reads_index()
     whole: list[str] = []
-    compound: dict[str, int] = {}
 
     def alone() -> str:
         whole.append(f"x{len(whole)}")
@@ -158,17 +183,12 @@ def _rule(problem: Problem, arguments: Sequence[Operand], results: Sequence[Oper
             full = {"h": sizes.heads, "k": sizes.key_heads}.get(letter, 0)
             if size != full or size == 1 or reads_heads:
                 names.append(alone())
-            elif letter == "k" or sizes.group == 1:
-                names.append("k")
-            elif sizes.key_heads == 1:
-                names.append("g")
-            else:
-                names.append(CompoundFactor("k", "g"))
-                compound["g"] = sizes.group
+            else:  # not bound together: more devices than key heads may divide the query heads
+                names.append(letter if sizes.group > 1 else "k")
         return ArrayMapping(*names)
 
     mappings = [tuple(factors(x) for x in some) for some in (arguments, results)]
-    return SdyShardingRule(*mappings, need_replication_factors=tuple(whole), **compound)
+    return SdyShardingRule(*mappings, need_replication_factors=tuple(whole))
 
 
 def _count(mesh: Mesh, names: Names) -> int:

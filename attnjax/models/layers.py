@@ -10,7 +10,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Float, Int
 
-from attnjax.nn.embeddings import LearnedPositions, SinusoidalPositions
+from attnjax.core.mesh_types import division, names_of, with_auto_axes
+from attnjax.nn.embeddings import LearnedPositions, SinusoidalPositions, names_of_rows
 from attnjax.nn.layers import named
 
 Array = jax.Array
@@ -42,7 +43,7 @@ class TokenEmbedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "*B T"], positions: Int[Array, "*B T"]) -> Float[Array, "*B T D"]:
         """Tokens `[*B, T]` at positions `[T]` or `[*B, T]` to `[*B, T, features]`."""
-        x = self.tokens(tokens)
+        x = self.tokens(tokens, out_sharding=division(names_of_rows, self.tokens.embedding[...], tokens))
         if self.scale != 1:
             x = x * jnp.asarray(self.scale, x.dtype)
         if self.positions is not None:
@@ -59,9 +60,11 @@ def vocabulary_logits(hidden: Array, kernel: Array, axis: int = 0, cap: float | 
 
     Both are multiplied in the type of `hidden` and summed in that of the logits, where bfloat16 would be too coarse.
     """
-    contract = (((hidden.ndim - 1,), (axis,)), ((), ()))
-    kernel = kernel.astype(hidden.dtype)
-    logits = lax.dot_general(hidden, kernel, contract, preferred_element_type=logits_dtype(hidden))
+    outer = hidden.ndim - 1
+    contract = (((outer,), (axis,)), ((), ()))
+    product = lambda x, kernel: lax.dot_general(x, kernel, contract, preferred_element_type=logits_dtype(x))
+    names = lambda x, kernel: [*(names_of(x, i) for i in range(outer)), names_of(kernel, 1 - axis)]
+    logits = with_auto_axes(product, names, hidden, kernel.astype(hidden.dtype))
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from attnjax.core.mesh_types import divided_as
 from attnjax.core.node import describe, is_array
 from attnjax.models.checks import check_choice, check_config
 from attnjax.models.layers import logits_dtype
@@ -154,7 +155,7 @@ class VisionTransformer(nnx.Module):
         x = self.patches(images)
         if self.token is not None:
             token = jnp.broadcast_to(self.token[...].astype(x.dtype), (*x.shape[:-2], 1, c.features))
-            x = jnp.concatenate([token, x], -2)
+            x = jnp.concatenate([divided_as(token, x), x], -2)
         x = self.dropout(x + self.positions(np.arange(x.shape[-2])), **random)
         return self.norm(self.stack(x, **random))
 

@@ -154,11 +154,11 @@ class MultiHeadAttention(nnx.Module):
         types: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype)
         inits: dict[str, Any] = dict(kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
 
-        def projection(inputs: int, heads: int, size: int) -> Projection:
-            axes = ("embed", "heads", "size")
+        def projection(inputs: int, heads: int, size: int, name: str = "key_heads") -> Projection:
+            axes = ("embed", name, "size")
             return Projection((inputs,), (heads, size), axes=axes, use_bias=use_bias, **types, **inits)
 
-        self.query = projection(features, num_heads, head_size)
+        self.query = projection(features, num_heads, head_size, "heads")
         self.key = projection(context_features, key_heads, head_size)
         self.value = projection(context_features, key_heads, value_size)
         self.query_norm, self.key_norm = nnx.data(None), nnx.data(None)

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from attnjax.core.integers import bounded
+from attnjax.core.mesh_types import names_of, with_auto_axes
 from attnjax.core.node import describe, is_array
 from attnjax.nn.checks import check_size
 from attnjax.nn.layers import Projection, default_bias_init, default_embedding_init, default_kernel_init, named
@@ -68,7 +69,8 @@ class LearnedPositions(nnx.Module):
             )
         table, rows = self.embedding[...].astype(self.dtype), bounded((1, positions))
         rows = jnp.where(rows < 0, jnp.int32(len(table)), rows)  # which are not counted from the end
-        return jnp.take(table, rows, axis=0, mode="fill", fill_value=jnp.nan)
+        take = lambda table, rows: jnp.take(table, rows, axis=0, mode="fill", fill_value=jnp.nan)
+        return with_auto_axes(take, names_of_rows, table, rows)
 
 
 class SinusoidalPositions(nnx.Module):
@@ -173,11 +175,22 @@ class PatchEmbedding(nnx.Module):
                 f"{name}: images must be [*B, height, width, {self.channels}], their height a multiple of {height} and "
                 f"their width of {width}; got {describe(images)}."
             )
+        n = images.ndim - 3
+        names = lambda images: [*(names_of(images, i) for i in range(n)), (), (), (), names_of(images, n + 2)]
+        return self.projection(with_auto_axes(self._cut, names, images))
+
+    def _cut(self, images: Array) -> Array:
+        """Patches `[*B, patches, height, width, channels]`."""
+        height, width = self.patch_size
         *batch, rows, columns, channels = images.shape
         rows, columns = rows // height, columns // width
         patches = images.reshape(*batch, rows, height, columns, width, channels)
-        patches = jnp.swapaxes(patches, -4, -3).reshape(*batch, rows * columns, height, width, channels)
-        return self.projection(patches)
+        return jnp.swapaxes(patches, -4, -3).reshape(*batch, rows * columns, height, width, channels)
+
+
+def names_of_rows(table: Any, at: Any) -> list[tuple[str, ...]]:
+    """How rows of a table `[rows, features]` lie on devices: divided as their numbers are, and as the features."""
+    return [*(names_of(at, i) for i in range(at.ndim)), names_of(table, 1)]
 
 
 def _check_positions(name: str, positions: Any) -> None:

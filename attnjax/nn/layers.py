@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core import meta, spmd
+from jax._src.mesh import thread_resources  # has no public name: what `with mesh:` sets
 
 from attnjax.attention import attention
+from attnjax.core.mesh_types import names_of, with_auto_axes
 from attnjax.nn.checks import check_name
 
 Array = jax.Array
@@ -29,9 +31,14 @@ def named(*axes: str | None) -> dict[str, Any]:
 
     They say where it may be divided; `nnx.get_partition_spec` reads them. A parameter is placed as soon as it is made
     where both a mesh (`jax.set_mesh`) and rules (`nnx.logical_axis_rules`) are given; otherwise nothing changes.
+
+    Raises:
+      ValueError: rules, and a mesh that was set by `with mesh:`, of which JAX's own functions no longer know.
     """
-    placed = bool(spmd.get_logical_axis_rules()) and meta.global_mesh_defined()
-    return {"out_sharding": axes, "eager_sharding": placed}
+    rules, placed = bool(spmd.get_logical_axis_rules()), meta.global_mesh_defined()
+    if rules and not placed and not thread_resources.env.physical_mesh.empty:
+        raise ValueError("attnjax.nn: with mesh: places no parameters. Use jax.set_mesh(mesh) in its place.")
+    return {"out_sharding": axes, "eager_sharding": rules and placed}
 
 
 class Projection(nnx.Module):
@@ -69,6 +76,15 @@ class Projection(nnx.Module):
         kernel = self.kernel[...]
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = promote(x, kernel, bias, dtype=self.dtype)
+        outer = x.ndim - len(self.inputs)
+
+        def names(x: Any, kernel: Any, *_: Any) -> list[tuple[str, ...]]:
+            outputs = range(len(self.inputs), kernel.ndim)
+            return [*(names_of(x, i) for i in range(outer)), *(names_of(kernel, i) for i in outputs)]
+
+        return with_auto_axes(self._mapped, names, x, kernel, *([] if bias is None else [bias]))
+
+    def _mapped(self, x: Array, kernel: Array, bias: Array | None = None) -> Array:
         outer = x.shape[: x.ndim - len(self.inputs)]
         size = math.prod(self.inputs)
         y = x.reshape(*outer, size) @ kernel.reshape(size, -1)
