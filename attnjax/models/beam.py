@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnjax.core.checks import number_of
+from attnjax.core.checks import check_count, number_of
 from attnjax.models import prompts as door
 from attnjax.models.prompts import Frozen
 
@@ -142,13 +142,13 @@ def beam_search(
     prefix, own = _prefix(model, start_token, source, lengths) if encodes else (source, lengths)
     if not encodes and start_token is not None:
         raise ValueError(f"start_token was given, and {type(model).__name__} continues its prompts: leave it out.")
-    count = door.count_of("max_new_tokens", max_new_tokens)
+    count = check_count("max_new_tokens", max_new_tokens)
     penalty = number_of(length_penalty)
     if penalty is None or not (math.isfinite(penalty) and penalty >= 0):
         raise ValueError(f"length_penalty must be a number of at least 0, got {length_penalty!r}.")
     capacity = door.check_room(model, prefix.shape[1], count)
     dtype = door.check_cache_dtype(cache_dtype, None)
-    rules = Rules(door.count_of("beams", beams), count, capacity, dtype)
+    rules = Rules(check_count("beams", beams), count, capacity, dtype)
     several = isinstance(stop_token, Iterable) and not isinstance(stop_token, str) and np.ndim(stop_token)
     stops = door.check_tokens("stop_token", stop_token if several else [stop_token], vocab)
     pads = np.int32(door.check_pad(pad_token))

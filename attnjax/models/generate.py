@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from attnjax.cache import KVCache
+from attnjax.core.checks import check_count
 from attnjax.models import prompts as door
 from attnjax.models.processors import Processor, as_processors, processed, without
 from attnjax.models.prompts import Frozen
@@ -180,14 +181,14 @@ def generate(
     vocab = model.vocab_size
     sampling = _sampling(temperature, sampling, rng, num_samples)
     tokens, lengths = door.check_prompts(tokens, lengths, vocab, mask=mask)
-    count = door.count_of("max_new_tokens", max_new_tokens)
-    least = door.count_of("min_new_tokens", min_new_tokens, 0)
+    count = check_count("max_new_tokens", max_new_tokens)
+    least = check_count("min_new_tokens", min_new_tokens, 0)
     if least > count:
         raise ValueError(f"min_new_tokens = {least} is more than max_new_tokens = {count}.")
     held, own = door.check_caches(caches, len(tokens))
     needed = door.check_room(model, tokens.shape[1], count, capacity, held)
     room = count if capacity is None and caches is None else max(count, needed if capacity else own)
-    samples = 1 if num_samples is None else door.count_of("num_samples", num_samples)
+    samples = 1 if num_samples is None else check_count("num_samples", num_samples)
     dtype = door.check_cache_dtype(cache_dtype, caches)
     rules = Rules(room, max(own, needed) if own or caches is None else 0, samples, dtype, bool(return_caches))
     stops = door.check_tokens("stop_tokens", stop_tokens, vocab)

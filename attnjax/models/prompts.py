@@ -190,13 +190,6 @@ def check_pad(token: Any) -> int:
     return known
 
 
-def count_of(name: str, value: Any, least: int = 1) -> int:
-    """An integer of at least `least` as Python's, or a ValueError."""
-    known = number_of(value)
-    check_count(name, value if known is None else known, least)
-    return int(value)
-
-
 def check_rng(rng: Any) -> None:
     """One PRNG key, or `None`.
 
@@ -256,7 +249,7 @@ def check_room(model: Any, count: int, new: int, capacity: Any = None, held: int
         raise ValueError(f"{needed} the model's max_length of {model.max_length}: shorten one of them.")
     if capacity is None:
         return total
-    capacity = count_of("capacity", capacity)
+    capacity = check_count("capacity", capacity)
     if total > capacity:
         raise ValueError(
             f"{needed} the cache's capacity of {capacity}: shorten one of them, or give a larger capacity."
