@@ -23,13 +23,13 @@ from attnjax.core.program import Problem
 from attnjax.core.sides import Combined, Comparison, NotSeparable, Pairs, Rule, separate
 from attnjax.core.softmax import Rows, row_delta, sink_gradient
 from attnjax.core.tiles import Sizes, Tile, tile_form
-from attnjax.scores import Bias, Score, SoftCap
+from attnjax.scores import Bias, Scale, Score, SoftCap
 from attnjax.tuning import Blocks
 
 Array = jax.Array
 
 PARTS = ("forward", "backward")
-_BLOCKS = (64, 64)  # of the block map: a panel of queries with 512-bit vectors, half a tile of keys
+_BLOCKS = (64, 64)  # that are visited or not: a panel of queries with 512-bit vectors, half a tile of keys
 _MOST_SIZE = 512  # of heads
 _MOST_BITS = 2**24  # bytes: masks that do not come apart are packed, a bit per pair, while that is small
 # What the kernel has room for, and the codes of its steps: see native/call.h.
@@ -125,17 +125,21 @@ def backward(
     if problem.program.sinks and 3 in shapes:
         made[3] = sink_gradient(operands[3], rows, row_delta(rows, ct_out, ct_lse), shapes[3])
     first_three = {i: (*problem.sizes.batch, *operands[i].shape[-3:]) for i in range(3) if i in shapes}
+    scale = [(*problem.sizes.batch, problem.sizes.heads, problem.sizes.query_length)] if call.factor in shapes else []
     scores = {n: score.gradient_shape(shapes) for n, score in enumerate(call.scores) if score.wanted(shapes)}
-    flags = [i in first_three for i in range(3)] + [n in scores for n in range(len(call.scores))]
+    flags = [i in first_three for i in range(3)] + [bool(scale)] + [n in scores for n in range(len(call.scores))]
     if not math.prod((*problem.sizes.batch, problem.sizes.query_length, problem.sizes.key_length)):  # no pairs
         made = {i: jnp.zeros(shape, problem.accumulate) for i, shape in wanted} | made
     elif any(flags):
-        results = [jax.ShapeDtypeStruct(s, problem.accumulate) for s in (*first_three.values(), *scores.values())]
+        every = (*first_three.values(), *scale, *scores.values())
+        results = [jax.ShapeDtypeStruct(shape, problem.accumulate) for shape in every]
         given = [*rows, ct_out.astype(problem.dtype), ct_lse.astype(problem.accumulate)]
         attributes = call.attributes | {"wanted": np.array(flags, np.int64)}
         gradients = iter(_run("backward", [*call.operands, *given], results, attributes))
         for i in first_three:
             made[i] = _summed(next(gradients), shapes[i])
+        if call.factor in shapes:
+            made[call.factor] = _summed(next(gradients).sum(-1), shapes[call.factor])
         for n in scores:
             made.update(call.scores[n].pulled(next(gradients), shapes))
     return [made[i] for i, _ in wanted]
@@ -146,7 +150,9 @@ class _Call:
 
     def __init__(self, problem: Problem, operands: list[Any]):
         program, sizes = problem.program, problem.sizes
-        self.operands: list[Any] = list(operands[:3])
+        self.factor, nodes = _scaled(_nodes(problem, operands))
+        scale = np.full((1,) * (len(sizes.batch) + 1), program.scale) if self.factor is None else operands[self.factor]
+        self.operands: list[Any] = [*operands[:3], jnp.asarray(scale, problem.accumulate)]
         if program.sinks:
             self.operands.append(operands[3].astype(problem.accumulate))
         if program.dropout:
@@ -155,21 +161,18 @@ class _Call:
         if program.mask:
             steps, arrays = _flattened(separate(program.mask_of(operands), sizes))
         self.operands += [jnp.asarray(x) for x in arrays]
-        tiles = blocks(problem, "cpu")
-        if program.mask:
-            self.operands.append(jnp.asarray(problem.kinds(operands, tiles.block_q, tiles.block_k)))
-        self.scores = _scores(problem, operands)
-        self.operands += [score.array for score in self.scores if score.array is not None]
+        given = program.map_of(operands)
+        self.operands += [] if given is None else [given]
+        self.scores = [_step(problem, position, node) for position, node in nodes]
+        self.operands += [jnp.asarray(score.array) for score in self.scores]
         config = problem.config or Config()
         self.attributes = {
             "batch": np.array(sizes.batch, np.int64),
-            "scale": np.float64(program.scale),
             "dropout": np.float64(program.dropout),
             "sinks": np.int64(program.sinks),
             "mask": np.array([_MASK_STEPS.index(step) for step in steps], np.int64),
-            "blocks": np.array((tiles.block_q, tiles.block_k) if program.mask else (), np.int64),
+            "blocks": np.array(problem.blocks or (), np.int64),
             "scores": np.array([_SCORE_STEPS.index(score.step) for score in self.scores], np.int64),
-            "caps": np.array([score.cap for score in self.scores], np.float64),
             "isa": config.isa or "",
             "threads": np.int64(config.threads or 0),
         }
@@ -244,7 +247,7 @@ class _ScoreStep:
     """A score as the kernel takes it.
 
     Attributes:
-      step: one of `_SCORE_STEPS`; cap: of a soft cap; array: what is added, if anything.
+      step: one of `_SCORE_STEPS`; array: what is added, or the caps [*batch or 1, N or 1].
       position: of the score's first operand; node: the score, its leaves in operand form.
     """
 
@@ -252,8 +255,7 @@ class _ScoreStep:
     step: str
     node: Score
     position: int
-    cap: float = 0.0
-    array: Any = None
+    array: Any
 
     def _positions(self) -> range:
         return range(self.position, self.position + len(jax.tree.leaves(self.node)))
@@ -266,6 +268,8 @@ class _ScoreStep:
         sizes = self.problem.sizes
         if self.step == "by_distance":
             return (*sizes.batch, sizes.heads, _distances(sizes))
+        if self.step == "soft_cap":
+            return (*sizes.batch, sizes.heads, sizes.query_length)
         queries, keys = self._axes()
         if queries and keys:
             return shapes[self.position]
@@ -278,6 +282,8 @@ class _ScoreStep:
 
     def pulled(self, gradient: Array, shapes: dict[int, tuple[int, ...]]) -> dict[int, Array]:
         """Gradients of the score's operands from what the kernel gave."""
+        if self.step == "soft_cap":
+            return {self.position: _summed(gradient.sum((-2, -1)), shapes[self.position])}
         if self.step == "bias":
             queries, keys = self._axes()
             if not (queries and keys):
@@ -299,36 +305,37 @@ class _ScoreStep:
         return {self.position + m: x for m, x in zip(moved, pull(_summed(gradient, made.shape)), strict=True)}
 
 
-def _scores(problem: Problem, operands: list[Any]) -> list[_ScoreStep]:
-    """The scores in their order."""
-    steps, position = [], next(iter(problem.program.score_positions()), 0)
+def _nodes(problem: Problem, operands: list[Any]) -> list[tuple[int, Score]]:
+    """The scores in their order, each behind the position of its first operand."""
+    nodes, position = [], next(iter(problem.program.score_positions()), 0)
     for structure in problem.program.scores:
-        node = jax.tree.unflatten(structure, operands[position : position + structure.num_leaves])
-        if isinstance(node, SoftCap):
-            steps.append(_ScoreStep(problem, "soft_cap", node, position, cap=float(node.cap)))
-        elif isinstance(node, Bias):
-            steps.append(_ScoreStep(problem, "bias", node, position, array=node.array))
-        else:
-            steps.append(_ScoreStep(problem, "by_distance", node, position, array=_by_distance(problem, node)))
+        nodes.append((position, jax.tree.unflatten(structure, operands[position : position + structure.num_leaves])))
         position += structure.num_leaves
-    return steps
+    return nodes
+
+
+def _scaled(nodes: list[tuple[int, Score]]) -> tuple[int | None, list[tuple[int, Score]]]:
+    """The position of a scale that comes first, which the kernel has a place for; and all other scores."""
+    if nodes and isinstance(nodes[0][1], Scale):
+        return nodes[0][0], nodes[1:]
+    return None, nodes
+
+
+def _step(problem: Problem, position: int, node: Score) -> _ScoreStep:
+    if isinstance(node, SoftCap):
+        cap = node.cap if is_array(node.cap) else np.full((1,) * len(problem.sizes.batch), node.cap)
+        return _ScoreStep(problem, "soft_cap", node, position, cap.astype(problem.accumulate)[..., None])
+    if isinstance(node, Bias):
+        return _ScoreStep(problem, "bias", node, position, node.array)
+    return _ScoreStep(problem, "by_distance", node, position, _by_distance(problem, node))
 
 
 def _unsupported_scores(problem: Problem, operands: list[Any]) -> str | None:
-    program = problem.program
-    position, caps = next(iter(program.score_positions()), 0), 0
-    for structure in program.scores:
-        node = jax.tree.unflatten(structure, operands[position : position + structure.num_leaves])
-        position += structure.num_leaves
-        if isinstance(node, SoftCap):
-            caps += 1
-            if is_array(node.cap):
-                return "takes soft caps that are Python numbers, not arrays"
-        elif not isinstance(node, Bias) and not node.by_distance:
+    _, nodes = _scaled(_nodes(problem, operands))
+    for _, node in nodes:
+        if not isinstance(node, (SoftCap, Bias)) and not node.by_distance:
             return f"cannot run {type(node).__name__}, a function of JAX, inside its loops"
-    if caps > 1:
-        return "takes one soft cap at most"
-    return f"takes {_MOST_SCORES} scores at most" if len(program.scores) > _MOST_SCORES else None
+    return f"takes {_MOST_SCORES} scores at most" if len(nodes) > _MOST_SCORES else None
 
 
 def _distances(sizes: Sizes) -> int:

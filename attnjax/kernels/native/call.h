@@ -38,7 +38,7 @@ struct Comparison {
   Array keys, queries;  // int32 [lanes or 1, S] and [lanes or 1, T]
 };
 
-// An array [lanes, N or 1, T or 1, S or 1]; or, by distance t - s + S - 1, [lanes, N or 1, T + S - 1].
+// An array [lanes, N or 1, T or 1, S or 1]; by distance t - s + S - 1, [lanes, N or 1, T + S - 1]; or [lanes, N or 1].
 struct Pairs {
   Array array;
   int64_t head = 0, query = 0, key = 0;  // strides in elements, 0 for an axis of size 1
@@ -46,14 +46,13 @@ struct Pairs {
 
 struct Score {
   ScoreStep step;
-  double cap = 0;
-  Pairs pairs;
+  Pairs pairs;  // what is added; or the caps, by lane and head, in the accumulation type
   // In the accumulation type, null where not wanted: by query and key where the score has both, at `gradient_pairs`;
-  // else of every lane and head, [lanes, N, T], [lanes, N, S] or [lanes, N, T + S - 1].
+  // else of every lane and head, [lanes, N, S], [lanes, N, T + S - 1] or, of caps as well, [lanes, N, T].
   void* gradient = nullptr;
   Pairs gradient_pairs;
   int64_t gradient_size = 0;
-  bool shared = false;  // several heads add to the same gradient by query and key
+  int64_t adders = 0;  // how many lanes and heads add to the same gradient by query and key
 };
 
 constexpr int kMaxSteps = 64, kMaxComparisons = 24, kMaxDense = 4, kMaxScores = 6;
@@ -61,8 +60,9 @@ constexpr int kMaxSteps = 64, kMaxComparisons = 24, kMaxDense = 4, kMaxScores = 
 struct Call {
   int64_t lanes, queries, keys, heads, key_heads, head_size, value_size;
   bool wide;  // accumulate in float64
-  double scale, dropout;
+  double dropout;
   Array query, key, value;
+  Pairs scale;  // by lane and head, in the accumulation type
   Array sinks;  // [lanes, N], in the accumulation type; no data where there are none
   Array seeds;  // of dropout, by lane and query head
 
@@ -72,7 +72,7 @@ struct Call {
   Pairs dense[kMaxDense];
   Score score[kMaxScores];
 
-  // The block map: 0 empty, 1 partial, 2 full. No data where every block is full.
+  // The block map, where the caller knows one: 0 empty, 1 partial, 2 full. Else the mask's arrays tell.
   Array kinds;
   int64_t block_q = 1, block_k = 1, blocks_q = 0, blocks_k = 0;
   bool kinds_by_head = false;
@@ -87,6 +87,7 @@ struct Call {
   void* d_query = nullptr;  // accumulation type; null where not wanted
   void* d_key = nullptr;
   void* d_value = nullptr;
+  void* d_scale = nullptr;  // by query: [lanes, N, T]
 };
 
 // Threads and memory, from `module.cc`. Plain pointers, because templates of the standard library would be compiled

@@ -2,7 +2,7 @@
 // heads of a batch entry, which lie side by side in memory; what tasks found is merged in the order of the keys.
 #pragma once
 
-#include "panel.h"
+#include "kinds.h"
 
 namespace attnjax::ATTNJAX_ISA {
 
@@ -27,9 +27,10 @@ class Decode {
     const int64_t each = divide_up(divide_up(c.keys, splits), kStep) * kStep;
     const int64_t rows = c.queries * c.heads, record = c.value_size + 2;
     A* found = static_cast<A*>(run.reserve(c.lanes * splits * rows * record * static_cast<int64_t>(sizeof(A))));
+    const Kinds<A> kinds(c, run);
     for_each(run, c.lanes * splits, [&](int64_t task) {
       int64_t lane = task / splits, first = least(c.keys, task % splits * each);
-      Decode(c, run.scratch(bytes(c))).pass(lane, first, least(c.keys, first + each), found + task * rows * record);
+      Decode(c, kinds, run.scratch(bytes(c))).pass(lane, first, least(c.keys, first + each), found + task * rows * record);
     });
     for_each(run, c.lanes, [&](int64_t lane) { merge(c, lane, splits, found + lane * splits * rows * record); });
     run.release(found);
@@ -42,8 +43,9 @@ class Decode {
     A highest[kMost], total[kMost];
   };
 
-  Decode(const Call& c, void* memory)
+  Decode(const Call& c, const Kinds<A>& kinds, void* memory)
       : c_(c),
+        kinds_(kinds),
         rows_(static_cast<int>(c.queries * (c.heads / c.key_heads))),
         wide_h_(divide_up(c.head_size, W) * W),
         wide_v_(divide_up(c.value_size, W) * W),
@@ -51,6 +53,7 @@ class Decode {
         states_(arena_.take<State>(c.key_heads)),
         query_(arena_.take<A>(c.key_heads * rows_ * wide_h_)),
         out_(arena_.take<A>(c.key_heads * rows_ * wide_v_)),
+        part_(arena_.take<A>(c.key_heads * rows_ * wide_v_)),
         weights_(arena_.take<A>(c.key_heads * rows_ * kStep)),
         sums_(arena_.take<A>(c.key_heads * rows_ * W * W)),
         pairs_(arena_.take<A>(kKeys * L)),
@@ -58,7 +61,7 @@ class Decode {
         buffer_(c, arena_) {}
 
   static int64_t bytes(const Call& c) {
-    const int64_t wide = c.head_size + c.value_size + 2 * W + kStep + W * W, rows = c.queries * c.heads;
+    const int64_t wide = c.head_size + 2 * c.value_size + 3 * W + kStep + W * W, rows = c.queries * c.heads;
     return (rows * wide + kKeys * L * (3 + c.denses)) * static_cast<int64_t>(sizeof(A)) +
            c.key_heads * static_cast<int64_t>(sizeof(State)) + 8192;
   }
@@ -69,7 +72,7 @@ class Decode {
 
   void pass(int64_t lane, int64_t first, int64_t end, A* found) {
     for (int64_t kv = 0; kv < c_.key_heads; kv++) start(lane, kv);
-    for (int64_t key = first; key < end; key += kStep) {
+    for (int64_t key = next(lane, first, end); key < end; key = next(lane, key + kStep, end)) {
       const int keys = static_cast<int>(least(kStep, end - key));
       switch (c_.key.type) {
         case Type::bf16:
@@ -90,6 +93,11 @@ class Decode {
         to[1] = state.total[r];
         std::memcpy(to + 2, out(kv, r), c_.value_size * sizeof(A));
       }
+  }
+
+  // The keys, from `key` on, that come next.
+  int64_t next(int64_t lane, int64_t key, int64_t end) const {
+    return key < end ? kinds_.next_key(lane, 0, 1, key) : key;
   }
 
   void start(int64_t lane, int64_t kv) {
@@ -163,7 +171,7 @@ class Decode {
       transpose<A>(r);
       V sum = r[0];
       for (int j = 1; j < W; j++) sum += r[j];
-      store(weights_ + i * kStep + from, sum * splat<A>(static_cast<A>(c_.scale)));
+      store(weights_ + i * kStep + from, sum * splat<A>(states_[i / rows_].panel.scale[i % rows_]));
     }
   }
 
@@ -189,7 +197,7 @@ class Decode {
     State& state = states_[kv];
     const Panel<A>& panel = state.panel;
     const A lowest = -static_cast<A>(__builtin_inf());
-    const int kind = kind_of(c_, panel, key, key + keys);
+    const int kind = kinds_.of(panel, key, key + keys);
     if (!kind) {
       for (int r = 0; r < rows_; r++)
         for (int j = 0; j < kStep; j++) weights(kv, r)[j] = 0;
@@ -242,24 +250,26 @@ class Decode {
       }
   }
 
-  // Adds weight * value for the keys of the step, of all heads, in the order in which they lie in memory. Keys whose
-  // weight is 0 may hold NaN.
+  // Adds weight * value for the keys of the step, of all heads, in the order in which they lie in memory; their sum, and
+  // not each of them, is added to what was summed before. Keys whose weight is 0 may hold NaN.
   template <Type type>
   void add_values(int64_t lane, int64_t key, int keys) {
     const int64_t size = size_of(type), width = c_.value_size;
     const char* row = c_.value.at(lane, key * c_.key_heads * width);
-    const bool careful = c_.kinds.data || may_forbid(c_);
+    const bool careful = c_.steps || c_.kinds.data || may_forbid(c_);
+    std::memset(part_, 0, c_.key_heads * rows_ * wide_v_ * sizeof(A));
     for (int j = 0; j < keys; j++)
       for (int64_t kv = 0; kv < c_.key_heads; kv++, row += width * size)
         for (int r = 0; r < rows_; r++) {
           const A weight = weights(kv, r)[j];
           if (careful && weight == 0) continue;
-          A* sums = out(kv, r);
+          A* sums = part_ + (kv * rows_ + r) * wide_v_;
           for (int64_t v = 0; v < width; v += W) {
             __builtin_prefetch(row + v * size + kAhead, 0, 0);
             store(sums + v, load(sums + v) + splat(weight) * fetch<type>(row + v * size, width - v));
           }
         }
+    for (int64_t i = 0; i < c_.key_heads * rows_ * wide_v_; i += W) store(out_ + i, load(out_ + i) + load(part_ + i));
   }
 
   static void merge(const Call& c, int64_t lane, int64_t splits, const A* found) {
@@ -299,11 +309,12 @@ class Decode {
   }
 
   const Call& c_;
+  const Kinds<A>& kinds_;
   const int rows_;
   const int64_t wide_h_, wide_v_;
   Arena arena_;
   State* states_;
-  A *query_, *out_, *weights_;
+  A *query_, *out_, *part_, *weights_;
   A* sums_;   // [head][row][key][lane]: products, not summed over the lanes yet
   A* pairs_;  // [key][lane]
   Seen<A> seen_;

@@ -1,7 +1,8 @@
 // The forward: softmax(logits) values, a task for some panels of one key/value head, passing over its keys once.
 #pragma once
 
-#include "panel.h"
+#include "kinds.h"
+#include "nonfinite.h"
 
 namespace attnjax::ATTNJAX_ISA {
 
@@ -30,18 +31,21 @@ class Forward {
     const int64_t fair = rows * heads / (4 * run.threads * L);
     const int64_t panels = least(divide_up(rows, L), most(1, least(least(512 / L, (1 << 18) / each), fair)));
     const int64_t blocks = divide_up(rows, panels * L);
+    const Kinds<A> kinds(c, run);
     for_each(run, heads * blocks, [&](int64_t task) {
       int64_t head = task % heads, block = blocks - 1 - task / heads;  // under a causal mask the last ones see the most
       int64_t first = block * panels * L;
-      Forward(c, run, panels).block(head / c.key_heads, head % c.key_heads, first, least(rows, first + panels * L));
+      Forward(c, run, kinds, panels).block(head / c.key_heads, head % c.key_heads, first, least(rows, first + panels * L));
     });
   }
 
  private:
-  Forward(const Call& c, const Run& run, int64_t panels) : Forward(c, run.scratch(bytes(c, panels)), panels) {}
+  Forward(const Call& c, const Run& run, const Kinds<A>& kinds, int64_t panels)
+      : Forward(c, kinds, run.scratch(bytes(c, panels)), panels) {}
 
-  Forward(const Call& c, void* memory, int64_t panels)
+  Forward(const Call& c, const Kinds<A>& kinds, void* memory, int64_t panels)
       : c_(c),
+        kinds_(kinds),
         arena_(memory),
         states_(arena_.take<State>(panels)),
         depth_(depth_of<A, E>(c.head_size)),
@@ -68,12 +72,13 @@ class Forward {
   void block(int64_t lane, int64_t kv, int64_t first, int64_t end) {
     int count = 0;
     for (int64_t row = first; row < end; row += L) start(states_[count++], lane, kv, row);
-    for (int64_t key = 0; key < c_.keys; key += kKeys) {
+    const int64_t panel = first / L;
+    for (int64_t key = next(lane, panel, count, 0); key < c_.keys; key = next(lane, panel, count, key + kKeys)) {
       const int64_t keys = least(kKeys, c_.keys - key);
       bool fetched = false;
       for (int p = 0; p < count; p++) {
         State& state = states_[p];
-        int kind = kind_of(c_, state.panel, key, key + keys);
+        int kind = kinds_.of(state.panel, key, key + keys);
         if (!kind) continue;
         if (!fetched) {
           fetch(lane, kv, key, keys);
@@ -86,7 +91,7 @@ class Forward {
         }
         for (int64_t from = 0; from < keys; from += kHalf) {
           const int64_t end = least(keys, from + kHalf);
-          int half = kind_of(c_, state.panel, key + from, key + end);
+          int half = kinds_.of(state.panel, key + from, key + end);
           if (half) tile(state, key, static_cast<int>(from), static_cast<int>(end), half == 1);
         }
       }
@@ -94,7 +99,13 @@ class Forward {
     for (int p = 0; p < count; p++) finish(states_[p]);
   }
 
+  // The tile of keys, from `key` on, that comes next.
+  int64_t next(int64_t lane, int64_t panel, int count, int64_t key) const {
+    return key < c_.keys ? kinds_.next_key(lane, panel, panel + count, key) / kKeys * kKeys : key;
+  }
+
   void fetch(int64_t lane, int64_t kv, int64_t key, int64_t keys) {
+    fetched_ = keys, looked_ = false;
     if constexpr (kPaired) {
       fetch_keys_paired(key_, depth_, c_, c_.key, lane, kv, key, keys, c_.head_size);
       fetch_keys_in_pairs(value_, c_, c_.value, lane, kv, key, keys, c_.value_size);
@@ -136,23 +147,22 @@ class Forward {
       if (low >= high) return;
     }
     V highest[kTileVectors], before[kTileVectors];
-    const V scale = splat<A>(static_cast<A>(c_.scale));
     for (int v = 0; v < vectors; v++) before[v] = highest[v] = load(state.highest + v * W);
     const E *keys = key_ + from * depth_, *values = value_ + (kPaired ? from / 2 : from) * c_.value_size;
     if (!masked && !c_.scores) {
       product<A, false>(
           keys, depth_, state.query, L, depth_, high, vectors,
           [&](int m, int n, V sum) {
-            sum = sum * scale;
+            sum = sum * load(panel.scale + n * W);
             store(weights_ + m * L + n * W, sum);
             highest[n] = larger<A>(sum, highest[n]);
           },
           [&] { next_key_.step(), next_value_.step(); });
     } else {
       by_group(seen_, masked, low, high, [&](int first, int last, int start) {
-        set_product<A, false>(weights_ + first * L + start * W, L, keys + first * depth_, depth_,
-                              state.query + start * W, L, depth_, last - first, vectors - start,
-                              static_cast<A>(c_.scale));
+        set_scaled_product<A, false>(weights_ + first * L + start * W, L, keys + first * depth_, depth_,
+                                     state.query + start * W, L, depth_, last - first, vectors - start,
+                                     panel.scale + start * W);
       });
       if (c_.scores) modify<A>(c_, panel, key + from, low, high, weights_, nullptr, buffer_);
       const V hidden = splat<A>(-static_cast<A>(__builtin_inf()));
@@ -169,25 +179,22 @@ class Forward {
     V shrink[kTileVectors];
     exponentiate(state, low, high, masked || may_forbid(c_), highest, shrink);
     if (c_.dropout > 0) drop(panel, key + from, low, high);
-    const E* factors = nullptr;
+    const bool clean = !masked || values_finite();
+    if (!clean) {
+      const int64_t count = divide_up(fetched_ - from, kPaired ? 2 : 1) * c_.value_size;
+      copy_finite(clean_, values, count);
+    }
+    const E *factors = nullptr, *summed = clean ? values : clean_;
+    int first = low;
     if constexpr (kPaired) {
-      // Pairs begin at even keys. The weights of keys that were not looked at are 0; what these hold may be NaN.
-      const bool half_seen = low % 2 || (masked && high % 2);
-      if (low % 2) std::memset(weights_ + --low * L, 0, L * sizeof(A));
-      pair_rows(pairs_, weights_ + low * L, L, high - low, vectors);
+      // Pairs begin at even keys. The weights of keys that were not looked at are 0.
+      if (first % 2) std::memset(weights_ + --first * L, 0, L * sizeof(A));
+      pair_rows(pairs_, weights_ + first * L, L, high - first, vectors);
       factors = pairs_;
-      if (half_seen || (masked && seen_.gaps)) {
-        copy_kept_pairs(clean_, values, c_.value_size, low, high, seen_.key);
-        values = clean_;
-      }
-      values += low / 2 * c_.value_size;
+      summed += first / 2 * c_.value_size;
     } else {
-      factors = weights_ + low * L;
-      if (masked && seen_.gaps) {
-        copy_kept(clean_, values, c_.value_size, low, high, seen_.key);
-        values = clean_;
-      }
-      values += low * c_.value_size;
+      factors = weights_ + first * L;
+      summed += first * c_.value_size;
     }
     bool moved = false;
     for (int v = 0; v < vectors; v++) {
@@ -198,8 +205,8 @@ class Forward {
     }
     A* out = state.out;
     auto sum_values = [&](const auto& finish) {
-      product<A, true>(values, c_.value_size, factors, L, depth_of<A, E>(high - low), static_cast<int>(c_.value_size),
-                       vectors, finish, Nothing());
+      product<A, true>(summed, c_.value_size, factors, L, depth_of<A, E>(high - first),
+                       static_cast<int>(c_.value_size), vectors, finish, Nothing());
     };
     if (!state.started)
       sum_values([&](int m, int n, V sum) { store(out + m * L + n * W, sum); });
@@ -208,6 +215,17 @@ class Forward {
     else
       sum_values([&](int m, int n, V sum) { store(out + m * L + n * W, load(out + m * L + n * W) + sum); });
     state.started = true;
+    if (!clean)
+      for_nonfinite(values, c_.value_size, low, high, c_.value_size, [&](int j, int64_t d, A x) {
+        for (int l = 0; l < panel.rows; l++)
+          if (seen_.visible[j * L + l]) out[d * L + l] += weights_[j * L + l] * x;
+      });
+  }
+
+  bool values_finite() {
+    if (!looked_) finite_ = all_finite(value_, divide_up(fetched_, kPaired ? 2 : 1) * c_.value_size);
+    looked_ = true;
+    return finite_;
   }
 
   // Logits to weights exp(logit - highest); the running maximum and total.
@@ -287,6 +305,7 @@ class Forward {
   }
 
   const Call& c_;
+  const Kinds<A>& kinds_;
   Arena arena_;
   State* states_;
   const int64_t depth_;
@@ -296,6 +315,8 @@ class Forward {
   Seen<A> seen_;
   PairsBuffer<A> buffer_;
   Ahead next_key_, next_value_;
+  int64_t fetched_ = 0;                  // keys of the tile
+  bool looked_ = false, finite_ = true;  // whether its values are finite, once they were looked at
 };
 
 }  // namespace attnjax::ATTNJAX_ISA

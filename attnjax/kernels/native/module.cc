@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <exception>
 #include <memory>
@@ -309,17 +310,24 @@ void read_mask(Reader& reader, Call& c) {
   if (c.steps && depth != 1) refuse("the mask's program is wrong");
 }
 
+// Numbers [lanes, N or 1] of the accumulation type.
+Pairs read_by_head(Reader& reader, const Call& c, const char* name) {
+  auto buffer = reader.next(name);
+  Reader::expect(buffer, name, c.wide ? ffi::DataType::F64 : ffi::DataType::F32);
+  Pairs pairs;
+  pairs.array = reader.array(buffer, name, {c.heads}, true, c.wide ? Type::f64 : Type::f32);
+  pairs.head = reader.tail(buffer, name, 1)[0] == 1 ? 0 : 1;
+  return pairs;
+}
+
 void read_scores(Reader& reader, Call& c) {
-  auto caps = reader.list<double>("caps");
-  int capped = 0;
   for (int64_t code : reader.list<int64_t>("scores")) {
     if (c.scores == kMaxScores || code < 0 || code > static_cast<int64_t>(ScoreStep::by_distance))
       refuse("the scores are wrong");
     Score& score = c.score[c.scores];
     score.step = static_cast<ScoreStep>(code);
     if (score.step == ScoreStep::soft_cap) {
-      if (capped++) refuse("takes one soft cap at most");
-      score.cap = caps[c.scores];
+      score.pairs = read_by_head(reader, c, "soft cap");
     } else {
       auto buffer = reader.next("score array");
       const Type type = Reader::float_type(buffer, "score array");
@@ -361,7 +369,7 @@ Call read_call(Reader& reader) {
   c.query = reader.array(query, "query", q, false, type);
   c.key = reader.array(key, "key", {c.keys, c.key_heads, c.head_size}, false, type);
   c.value = reader.array(value, "value", {c.keys, c.key_heads, c.value_size}, false, type);
-  c.scale = reader.value<double>("scale");
+  c.scale = read_by_head(reader, c, "scale");
   c.dropout = reader.value<double>("dropout");
   if (!(c.dropout >= 0 && c.dropout < 1)) refuse("dropout must be in [0, 1)");
   if (reader.value<int64_t>("sinks")) {
@@ -385,8 +393,6 @@ Call read_call(Reader& reader) {
     Dimensions own = reader.tail(kinds, "block map", 3);
     c.kinds = reader.array(kinds, "block map", {own[0] == 1 ? 1 : c.heads, c.blocks_q, c.blocks_k}, false, Type::u8);
     c.kinds_by_head = own[0] != 1;
-  } else if (c.steps) {
-    refuse("a mask needs a block map");
   }
   read_scores(reader, c);
   return c;
@@ -460,15 +466,19 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
     std::vector<int64_t> rows = row_starts(c);
     c.rows = rows.data();
     auto wanted = reader.list<int64_t>("wanted");
-    if (wanted.size() != static_cast<size_t>(3 + c.scores)) refuse("wanted has the wrong length");
+    if (wanted.size() != static_cast<size_t>(4 + c.scores)) refuse("wanted has the wrong length");
     if (wanted[0])
       c.d_query = reader.whole(reader.result("d query"), "d query", {c.queries, c.heads, c.head_size}, type);
     if (wanted[1]) c.d_key = reader.whole(reader.result("d key"), "d key", {c.keys, c.key_heads, c.head_size}, type);
     if (wanted[2])
       c.d_value = reader.whole(reader.result("d value"), "d value", {c.keys, c.key_heads, c.value_size}, type);
+    if (wanted[3]) {
+      c.d_scale = reader.whole(reader.result("d scale"), "d scale", {c.heads, c.queries}, type);
+      std::memset(c.d_scale, 0, c.lanes * c.heads * c.queries * (c.wide ? 8 : 4));
+    }
     for (int i = 0; i < c.scores; i++) {
       Score& score = c.score[i];
-      if (!wanted[3 + i]) continue;
+      if (!wanted[4 + i]) continue;
       auto buffer = reader.result("d score");
       Reader::expect(buffer, "d score", type);
       score.gradient_size = static_cast<int64_t>(buffer.element_count());
@@ -481,11 +491,11 @@ ffi::Error backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remainin
         score.gradient_pairs.key = 1, score.gradient_pairs.query = c.keys;
         score.gradient_pairs.head = heads == 1 ? 0 : times(c.queries, c.keys);
         score.gradient = score.gradient_pairs.array.data;
-        score.shared = (heads == 1 && c.key_heads > 1) || score.gradient_size < c.lanes * heads * c.queries * c.keys;
-      } else if (score.step == ScoreStep::bias) {
-        score.gradient = reader.whole(buffer, "d score", {c.heads, score.pairs.key ? c.keys : c.queries}, type);
+        const int64_t copies = c.queries && c.keys ? score.gradient_size / (heads * c.queries * c.keys) : 1;
+        score.adders = copies ? c.lanes / copies * (heads == 1 ? c.key_heads : 1) : 1;
       } else {
-        refuse("a soft cap has no gradient here");
+        const bool by_key = score.step == ScoreStep::bias && score.pairs.key;
+        score.gradient = reader.whole(buffer, "d score", {c.heads, by_key ? c.keys : c.queries}, type);
       }
     }
     reader.end();

@@ -42,6 +42,7 @@ struct Panel {
   int64_t t_low = 0, t_high = 0;
   int64_t t[L], head[L];
   alignas(64) Integer<A> present[L];
+  alignas(64) A scale[L];
   alignas(64) Integer<A> query_values[kMaxComparisons][L];
   alignas(64) uint32_t hash[L];
 
@@ -57,6 +58,7 @@ struct Panel {
       present[l] = l < rows ? -1 : 0;
       if (l + 1 < rows && ++member == group) member = 0, query++;
     }
+    by_head(c.scale, scale);
     for (int i = 0; i < c.comparisons; i++) {
       const int32_t* values = reinterpret_cast<const int32_t*>(c.comparison[i].queries.at(lane, 0));
       for (int l = 0; l < L; l++) query_values[i][l] = values[t[l]];
@@ -72,38 +74,23 @@ struct Panel {
     for (int l = 0; l < L; l++) to[l] = l < rows ? array.at(lane, (t[l] * heads + head[l]) * columns) : nullptr;
   }
 
+  // Numbers [lanes, N] of the accumulation type.
+  void by_head(const Pairs& pairs, A* to) const {
+    for (int l = 0; l < L; l++) to[l] = *reinterpret_cast<const A*>(pairs.array.at(lane, head[l] * pairs.head));
+  }
+
   void rows_of(const Pairs& pairs, int64_t key, char** to) const {
     for (int l = 0; l < L; l++)
       to[l] = l < rows ? pairs.array.at(lane, head[l] * pairs.head + t[l] * pairs.query + key * pairs.key) : nullptr;
   }
 };
 
-// 0 where no block that the rectangle touches is visited, 2 where all of them are full, 1 otherwise.
-template <class A>
-int kind_of(const Call& c, const Panel<A>& panel, int64_t key, int64_t end) {
-  if (!c.kinds.data) return 2;
-  int64_t heads = c.kinds_by_head ? panel.group : 1, first = c.kinds_by_head ? panel.kv * panel.group : 0;
-  bool none = true, all = true;
-  for (int64_t h = first; h < first + heads; h++)
-    for (int64_t i = panel.t_low / c.block_q; i <= panel.t_high / c.block_q; i++) {
-      const char* row = c.kinds.at(panel.lane, (h * c.blocks_q + i) * c.blocks_k);
-      for (int64_t j = key / c.block_k; j <= (end - 1) / c.block_k; j++) {
-        none = none && row[j] == 0;
-        all = all && row[j] == 2;
-      }
-    }
-  return none ? 0 : all ? 2 : 1;
-}
-
 // Which pairs of a tile are visible.
 template <class A>
 struct Seen {
-  int low = 0, high = 0;                  // the keys that some row sees lie in [low, high)
-  bool gaps = false;                      // and not all of those are seen by some row
-  Integer<A>* visible;                    // [key][lane], all bits or none
-  bool key[kKeys];                        // seen by some row
-  int start[kKeys / kGroup + 1];          // of each group of keys, the first vector of rows that sees one of them
-  alignas(64) Integer<A> row[kLanes<A>];  // sees some key
+  int low = 0, high = 0;          // the keys that some row sees lie in [low, high)
+  Integer<A>* visible;            // [key][lane], all bits or none
+  int start[kKeys / kGroup + 1];  // of each group of keys, the first vector of rows that sees one of them
 
   explicit Seen(Arena& arena) : visible(arena.take<Integer<A>>(kKeys * kLanes<A>)) {}
 };
@@ -180,9 +167,8 @@ void see(const Call& c, const Panel<A>& panel, int64_t key, int count, PairsBuff
   const int32_t* keys[kMaxComparisons];
   for (int i = 0; i < c.comparisons; i++)
     keys[i] = reinterpret_cast<const int32_t*>(c.comparison[i].keys.at(panel.lane, key));
-  V some[kTileVectors] = {}, group[kTileVectors] = {};
+  V group[kTileVectors] = {};
   seen.low = count, seen.high = 0;
-  int seen_keys = 0;
   for (int j = 0; j < count; j++) {
     V stack[kMaxDepth][kTileVectors];
     int depth = 0, comparison = 0, dense = 0;
@@ -244,40 +230,45 @@ void see(const Call& c, const Panel<A>& panel, int64_t key, int count, PairsBuff
       group[v] |= x;
       any |= x;
     }
-    seen.key[j] = holds_any<A>(any);
-    if (seen.key[j]) {
-      seen.low = static_cast<int>(least(seen.low, j)), seen.high = j + 1;
-      seen_keys++;
-    }
+    if (holds_any<A>(any)) seen.low = static_cast<int>(least(seen.low, j)), seen.high = j + 1;
     if ((j + 1) % kGroup == 0 || j + 1 == count) {
       int start = 0;
       while (start < panel.vectors && !holds_any<A>(group[start])) start++;
       seen.start[j / kGroup] = start;
-      for (int v = 0; v < kTileVectors; v++) some[v] |= group[v], group[v] = V{};
+      for (int v = 0; v < kTileVectors; v++) group[v] = V{};
     }
   }
-  for (int v = 0; v < kTileVectors; v++) store(seen.row + v * W, some[v]);
-  seen.gaps = seen.high > seen.low && seen_keys < seen.high - seen.low;
 }
 
-// Applies the scores in their order to logits[low..high). `slope`, where it is given, becomes the derivative of the
-// soft cap there.
+// The derivatives of a soft cap, cap * tanh(logit / cap), by the logit and, where it is wanted, by the cap.
 template <class A>
-void modify(const Call& c, const Panel<A>& panel, int64_t key, int low, int high, A* logits, A* slope,
+struct Slopes {
+  A *by_logit = nullptr, *by_cap = nullptr;
+};
+
+// Applies the scores in their order to logits[low..high). Where `slopes` are given, those of soft caps are filled in.
+template <class A>
+void modify(const Call& c, const Panel<A>& panel, int64_t key, int low, int high, A* logits, const Slopes<A>* slopes,
             PairsBuffer<A>& buffer) {
   using V = Vector<A>;
   constexpr int L = kLanes<A>, W = kWidth<A>;
   for (int i = 0; i < c.scores; i++) {
     const Score& score = c.score[i];
     if (score.step == ScoreStep::soft_cap) {
-      V cap = splat<A>(static_cast<A>(score.cap)), inverse = splat<A>(static_cast<A>(1 / score.cap));
-      for (int j = low; j < high; j++)
-        for (int v = 0; v < panel.vectors; v++) {
-          A* at = logits + j * L + v * W;
-          V tanh = hyperbolic_tangent<A>(load(at) * inverse);
-          store(at, cap * tanh);
-          if (slope) store(slope + j * L + v * W, splat<A>(1) - tanh * tanh);
+      alignas(64) A caps[L];
+      panel.by_head(score.pairs, caps);
+      for (int v = 0; v < panel.vectors; v++) {
+        const V cap = load(caps + v * W), inverse = splat<A>(1) / cap;
+        for (int j = low; j < high; j++) {
+          const int at = j * L + v * W;
+          V part = load(logits + at) * inverse, tanh = hyperbolic_tangent<A>(part);
+          store(logits + at, cap * tanh);
+          if (!slopes) continue;
+          V slope = splat<A>(1) - tanh * tanh;
+          store(slopes[i].by_logit + at, slope);
+          if (slopes[i].by_cap) store(slopes[i].by_cap + at, slope == V{} ? tanh : tanh - part * slope);
         }
+      }
     } else if (score.step == ScoreStep::bias) {
       char* rows[L];
       panel.rows_of(score.pairs, key + low, rows);
@@ -398,26 +389,6 @@ inline void factors_to_lanes(E* to, char* const* rows, Type type, int64_t column
   } else {
     rows_to_lanes<A>(room, rows, type, columns, vectors);
     pair_rows(to, room, kLanes<A>, static_cast<int>(columns), vectors);
-  }
-}
-
-// A copy with zeros in the rows that `keep` does not name: they may hold NaN, and 0 * NaN is NaN.
-template <class A, class Flag>
-inline void copy_kept(A* to, const A* from, int64_t stride, int low, int high, const Flag* keep) {
-  for (int j = low; j < high; j++) {
-    if (keep[j])
-      std::memcpy(to + j * stride, from + j * stride, stride * sizeof(A));
-    else
-      std::memset(to + j * stride, 0, stride * sizeof(A));
-  }
-}
-
-// The same for rows in pairs; `low` is even.
-template <class Flag>
-inline void copy_kept_pairs(uint32_t* to, const uint32_t* from, int64_t stride, int low, int high, const Flag* keep) {
-  for (int j = low; j < high; j += 2) {
-    const uint32_t mask = (keep[j] ? 0xffffu : 0u) | (j + 1 < high && keep[j + 1] ? 0xffff0000u : 0u);
-    for (int64_t d = 0; d < stride; d++) to[j / 2 * stride + d] = from[j / 2 * stride + d] & mask;
   }
 }
 
