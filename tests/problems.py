@@ -50,8 +50,7 @@ def compiled(capabilities: Iterable[str | None], version: tuple[int, ...] = jax.
 EVERY_IMPLEMENTATION = IMPLEMENTATIONS | INTERPRETED | compiled(gpus().values())
 # What an implementation refuses, by dtype or by name of the score, and what it says then. None refuses a mask.
 REFUSED = {
-    "cpu": dict.fromkeys(("softcap", "biases"), "soft caps that are Python numbers, not arrays")
-    | dict.fromkeys(
+    "cpu": dict.fromkeys(
         ("function", "function_indices", "function_distance", "function_nonlinear", "function_stopped"),
         "cannot run ScoreFn",
     ),

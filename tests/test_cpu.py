@@ -42,7 +42,6 @@ SCORE = {score.name: score for score in (*SCORES, *SCORE_VARIANTS)}
 FULL, NONE = MASK["full"], dataclasses.replace(SCORE["none"], scale=0.37)
 COMBINED, EVERYTHING = MASK["combined"], SCORE["everything"]
 TAKEN = [score for score in (*SCORES, *SCORE_VARIANTS) if not score.name.startswith("function")]
-TAKEN = [score for score in TAKEN if score.name not in ("softcap", "biases")]  # their caps are arrays
 
 
 def same_bits(left, right):

@@ -15,6 +15,7 @@ import pytest
 import attnjax as aj
 from attnjax.attention import build
 from attnjax.kernels import cpu
+from attnjax.scores import Scale
 
 pytestmark = pytest.mark.compiled
 
@@ -61,9 +62,7 @@ wide = np.arange(S)
 REFUSED = {
     "function": ({"score": aj.ScoreFn(lambda s, b, h, q, k: s * captured[k])}, "cannot run ScoreFn"),
     "own_score": ({"score": (aj.SoftCap(3.0), Squared())}, "cannot run Squared, a function of JAX"),
-    "cap_array": ({"score": aj.SoftCap(jnp.float32(2.0))}, "soft caps that are Python numbers, not arrays"),
-    "two_caps": ({"score": (aj.SoftCap(2.0), aj.SoftCap(3.0))}, "takes one soft cap at most"),
-    "scale_array": ({"scale": jnp.full(1, 0.3)}, "cannot run Scale"),
+    "late_scale": ({"score": (aj.SoftCap(3.0), Scale(jnp.float32(0.3)))}, "cannot run Scale, a function of JAX"),
     "seven_scores": ({"score": (aj.Bias(jnp.ones(S)),) * 7}, "takes 6 scores at most"),
     "own_mask": ({"mask": Difference()}, "cannot take this mask: arithmetic between queries and keys"),
     "many_comparisons": ({"mask": alternating(24)}, "cannot take a mask of so many parts"),
@@ -86,7 +85,8 @@ def test_what_it_has_no_code_for(options, reason):
 
 
 MOST = {
-    "six_scores": {"score": (aj.Bias(jnp.ones(S)),) * 6},
+    "six_scores": {"scale": jnp.arange(N) / 9, "score": (aj.Bias(jnp.ones(S)),) * 6},
+    "six_caps": {"score": tuple(aj.SoftCap(jnp.float32(n)) for n in range(1, 7))},
     "many_comparisons": {"mask": alternating(23)},
     "four_arrays": {"mask": where & where & where & where},
     "depth": {"mask": nested(8)},
@@ -177,6 +177,8 @@ FLOAT = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 integers = lambda *values: np.array(values, np.int64)
 SINKS = {"sinks": jnp.ones(N)}
 MASKED = {"mask": aj.Causal(), "score": (aj.Bias(jnp.ones((T, S))), aj.ALiBi(jnp.ones(N)))}
+MAPPED = MASKED | {"block_map": aj.BlockMap.build(aj.Causal(), T, S)}
+CAPPED = {"score": aj.SoftCap(2.0)}
 DROPPED = {"dropout": aj.Dropout(0.1, 3)}
 BITS = {"mask": aj.Where(lambda b, h, q, k: (q + k) % 3 != 0)}
 DENSE = {"mask": jnp.ones((N, T, S), bool)}
@@ -192,22 +194,26 @@ WRONG_OPERANDS = {
     "batch": ({}, 1, jnp.ones((3, S, K, H)), "key has a batch that is not \\[2\\]"),
     "types": ({}, 1, jnp.ones((B, S, K, H), jnp.bfloat16), "query, key and value must have one type"),
     "integers": ({}, 0, jnp.ones((B, T, N, H), jnp.int32), "query must hold floats"),
-    "sinks": (SINKS, 3, jnp.ones((1, N + 1)), "sinks is \\[5\\], expected \\[4\\]"),
-    "sinks_type": (SINKS, 3, jnp.ones((1, N), jnp.bfloat16), "sinks has the wrong type"),
-    "seed": (DROPPED, 3, jnp.ones((1,), jnp.int32), "seeds has the wrong type"),
-    "mask_keys": (MASKED, 3, jnp.ones((1, S + 1), jnp.int32), "mask keys is \\[8\\], expected \\[7\\]"),
-    "mask_type": (MASKED, 4, jnp.ones((1, T)), "mask queries has the wrong type"),
-    "map": (MASKED, 5, jnp.ones((1, 1, 2, 1), jnp.int8), "block map is"),
-    "map_type": (MASKED, 5, jnp.ones((1, 1, 1, 1), jnp.int32), "block map has the wrong type"),
+    "scale": ({}, 3, jnp.ones((1, N + 1)), "scale is \\[5\\], expected \\[4\\]"),
+    "scale_type": ({}, 3, jnp.ones((1, 1), jnp.bfloat16), "scale has the wrong type"),
+    "cap": (CAPPED, 4, jnp.ones((1, K)), "soft cap is \\[2\\], expected \\[4\\]"),
+    "cap_type": (CAPPED, 4, jnp.ones((1, 1), jnp.int32), "soft cap has the wrong type"),
+    "sinks": (SINKS, 4, jnp.ones((1, N + 1)), "sinks is \\[5\\], expected \\[4\\]"),
+    "sinks_type": (SINKS, 4, jnp.ones((1, N), jnp.bfloat16), "sinks has the wrong type"),
+    "seed": (DROPPED, 4, jnp.ones((1,), jnp.int32), "seeds has the wrong type"),
+    "mask_keys": (MASKED, 4, jnp.ones((1, S + 1), jnp.int32), "mask keys is \\[8\\], expected \\[7\\]"),
+    "mask_type": (MASKED, 5, jnp.ones((1, T)), "mask queries has the wrong type"),
+    "map": (MAPPED, 6, jnp.ones((1, 1, 2, 1), jnp.int8), "block map is"),
+    "map_type": (MAPPED, 6, jnp.ones((1, 1, 1, 1), jnp.int32), "block map has the wrong type"),
     "bias": (MASKED, 6, jnp.ones((1, 1, T, S - 1)), "bias is"),
     "bias_axes": (MASKED, 6, jnp.ones((1, T, S)), "bias has 3 axes"),
     "bias_type": (MASKED, 6, jnp.ones((1, 1, T, S), jnp.int32), "score array must hold floats"),
     "distances": (MASKED, 7, jnp.ones((1, N, T + S)), "score by distance is"),
     "one_distance": (MASKED, 7, jnp.ones((1, N, 1)), "a score by distance lacks distances"),
     "distance_type": (MASKED, 7, jnp.ones((1, N, T + S - 1), jnp.bfloat16), "score by distance has the wrong type"),
-    "dense_type": (DENSE, 3, jnp.ones((1, N, T, S), jnp.int32), "mask array has the wrong type"),
-    "dense_heads": (DENSE, 3, jnp.ones((1, K, T, S), bool), "mask array is"),
-    "bits": (BITS, 3, jnp.ones((1, 1, T, 2), jnp.uint8), "bits do not have all keys"),
+    "dense_type": (DENSE, 4, jnp.ones((1, N, T, S), jnp.int32), "mask array has the wrong type"),
+    "dense_heads": (DENSE, 4, jnp.ones((1, K, T, S), bool), "mask array is"),
+    "bits": (BITS, 4, jnp.ones((1, 1, T, 2), jnp.uint8), "bits do not have all keys"),
 }
 
 
@@ -251,7 +257,6 @@ WRONG_ATTRIBUTES = {
     "negative_batch": ("batch", integers(-2), "has a negative size"),
     "batch_type": ("batch", np.array([2], np.int32), "attribute batch is missing"),
     "huge_batch": ("batch", integers(2**40, 2**40), "an array has more than 2\\^63 elements"),
-    "scale_type": ("scale", np.float32(0.3), "attribute scale is missing"),
     "dropout": ("dropout", np.float64(1.0), "dropout must be in \\[0, 1\\)"),
     "dropout_nan": ("dropout", np.float64(np.nan), "dropout must be in \\[0, 1\\)"),
     "mask_code": ("mask", integers(10), "the mask's program is wrong"),
@@ -261,9 +266,7 @@ WRONG_ATTRIBUTES = {
     "mask_of_two": ("mask", integers(0, 0), "wrong|missing|expected"),
     "mask_too_long": ("mask", integers(0, *[9] * 64), "the mask's program is wrong"),
     "blocks_zero": ("blocks", integers(0, 64), "blocks must have at least one query and key"),
-    "no_blocks": ("blocks", integers(), "a mask needs a block map"),
     "score_code": ("scores", integers(1, 3), "the scores are wrong"),
-    "two_caps": ("scores", integers(0, 0), "takes one soft cap at most"),
     "seven_scores": ("scores", integers(*[1] * 7), "missing|wrong|expected|is"),
     "isa": ("isa", "sse9", "this processor cannot run sse9"),
 }
@@ -271,7 +274,7 @@ WRONG_ATTRIBUTES = {
 
 @pytest.mark.parametrize("name, wrong, text", WRONG_ATTRIBUTES.values(), ids=WRONG_ATTRIBUTES)
 def test_attributes_that_do_not_fit(name, wrong, text):
-    operands, results, attributes = frame(**MASKED)
+    operands, results, attributes = frame(**MAPPED)
     refuses(text, "forward", operands, results, attributes | {name: wrong})
 
 
@@ -294,26 +297,22 @@ WRONG_GRADIENTS = {
     "query": ("results", 0, FLOAT((B, T, N, H + 1)), "d query is"),
     "key_type": ("results", 1, jax.ShapeDtypeStruct((B, S, K, H), jnp.bfloat16), "d key has the wrong type"),
     "value": ("results", 2, FLOAT((B, S, N, V)), "d value is"),
-    "bias": ("results", 3, FLOAT((1, 1, T, S + 1)), "d score is"),
-    "distances": ("results", 4, FLOAT((1, N, T + S - 1)), "d score must have the whole batch"),
+    "bias": ("results", 4, FLOAT((1, 1, T, S + 1)), "d score is"),
+    "distances": ("results", 5, FLOAT((1, N, T + S - 1)), "d score must have the whole batch"),
+    "scale": ("results", 3, FLOAT((1, N, T)), "d scale must have the whole batch"),
+    "cap": ("results", 6, FLOAT((B, N, S)), "d score is"),
     "few_wanted": ("attributes", "wanted", integers(1, 1, 1), "wanted has the wrong length"),
-    "none_wanted": ("attributes", "wanted", integers(0, 0, 0, 0, 0), "has 5 results, expected 0"),
+    "none_wanted": ("attributes", "wanted", integers(*[0] * 7), "has 7 results, expected 0"),
 }
 
 
 @pytest.mark.parametrize("where, which, wrong, text", WRONG_GRADIENTS.values(), ids=WRONG_GRADIENTS)
 def test_gradients_that_do_not_fit(where, which, wrong, text):
-    operands, results, attributes = given = frame("backward", **MASKED)
+    options = MASKED | {"scale": jnp.ones(N), "score": (*MASKED["score"], aj.SoftCap(jnp.ones(B)))}
+    operands, results, attributes = given = frame("backward", **options)
     run("backward", *given)
     {"operands": operands, "results": results, "attributes": attributes}[where][which] = wrong
     refuses(text, "backward", operands, results, attributes)
-
-
-def test_the_gradient_of_a_soft_cap_is_refused():
-    operands, results, attributes = frame("backward", score=aj.SoftCap(2.0))
-    results.append(FLOAT((B, N, T)))
-    attributes["wanted"] = integers(1, 1, 1, 1)
-    refuses("a soft cap has no gradient here", "backward", operands, results, attributes)
 
 
 def test_sizes_whose_product_overflows():

@@ -43,7 +43,8 @@ void compare(const std::string& where, const char* name, Array& found, const Arr
 
 // A mask is written in postfix: comparisons of the indices, c causal, w window, p prefix, l lengths, g the last keys,
 // and s segments; arrays of booleans d [N, T, S] and D [1, T, 1]; of bits b [N, T, S] and B [1, 1, S]; and & | ~.
-// Scores: c soft cap; biases b [N, T, S], B [1, T, S], k [N, 1, S], q [1, T, 1], o [1, 1, 1]; by distance d [N], D [1].
+// Scores: soft caps c [1] and C [N]; biases b [N, T, S], B [1, T, S], k [N, 1, S], q [1, T, 1], o [1, 1, 1]; by
+// distance d [N], D [1].
 struct Case {
   const char* name;
   Sizes batch;
@@ -51,8 +52,9 @@ struct Case {
   std::string mask = "", scores = "";
   bool sinks = false;
   double dropout = 0;
-  Sizes blocks = {64, 128};
+  Sizes blocks = {};  // of a block map, where there is one
   double scale = 0.25;
+  bool scales = false;  // one for each head
 };
 
 const Case kCases[] = {
@@ -61,17 +63,21 @@ const Case kCases[] = {
     {"no keys", {2, 1}, 3, 0, 2, 1, 5, 4, "", "", true},
     {"no queries", {1, 2}, 0, 5, 2, 1, 5, 4, "c", "k", true},
     {"causal, grouped", {1, 2}, 129, 129, 6, 2, 40, 33, "c", "", true},
-    {"large logits", {1, 2}, 66, 200, 2, 1, 8, 8, "cp|", "", true, 0, {64, 128}, 8},
+    {"large logits", {1, 2}, 66, 200, 2, 1, 8, 8, "cp|", "", true, 0, {}, 8},
     {"window, segments", {2, 2}, 70, 150, 3, 3, 16, 16, "cw&s&", "d", false, 0, {48, 40}},
     {"lengths, dropout", {3, 1}, 65, 257, 4, 2, 33, 20, "l", "c", true, 0.3},
     {"booleans", {2, 1}, 37, 83, 4, 2, 12, 9, "dD|p~&", "", false, 0.25},
     {"bits", {1, 2}, 41, 141, 4, 2, 9, 12, "bBg|&", "b"},
     {"bits for all heads", {1, 1}, 35, 300, 2, 1, 8, 8, "Bc|", "Bk"},
     {"every bias", {2, 2}, 19, 135, 4, 2, 8, 8, "c", "bBkqoc"},
+    {"caps and scales", {2, 1}, 70, 150, 4, 2, 16, 8, "c", "cbCd", true, 0, {64, 128}, 0.25, true},
+    {"scales of all heads", {2, 1}, 67, 131, 3, 3, 16, 8, "", "C", false, 0, {}, 0.25, true},
+    {"many adders", {5, 2}, 9, 140, 4, 4, 8, 8, "c", "B"},
+    {"far apart", {1, 1}, 300, 1400, 2, 1, 8, 8, "gc&", "d"},
     {"distances", {2, 1}, 75, 291, 4, 2, 8, 8, "c", "dDc"},
     {"many spans", {1, 1}, 99, 1100, 2, 1, 16, 16, "w", "Bdq", true},
     {"large heads", {1, 1}, 9, 13, 2, 1, 512, 511, "c"},
-    {"one query", {2, 1}, 1, 1300, 8, 2, 40, 33, "l", "kd", true},
+    {"one query", {2, 1}, 1, 1300, 8, 2, 40, 33, "l", "kd", true, 0, {}, 0.25, true},
     {"few queries", {1, 2}, 3, 530, 2, 2, 17, 70, "bs|", "cb", false, 0.4},
     {"one head of keys", {1, 1}, 1, 77, 4, 1, 64, 128, "D", "qo"},
 };
@@ -81,11 +87,15 @@ class Problem {
   Problem(const Case& c, Type type, unsigned seed) : c_(c), type_(type), wide_(wide(type)), random_(seed) {
     query_ = floats(type, {c.T, c.N, c.H}), key_ = floats(type, {c.S, c.K, c.H}),
     value_ = floats(type, {c.S, c.K, c.V});
+    scale_ = make(wide_, batched({c.scales ? c.N : 1}),
+                  [&](const Sizes&) { return c.scales ? c.scale + number() / 8 : c.scale; });
     sinks_ = floats(wide_, {c.N});
     seeds_ = make(XLA_FFI_DataType_U32, batched({c.N}), [&](const Sizes&) { return random_(); });
     for (char step : c.mask) add_mask(step);
     for (char step : c.scores) add_score(step);
-    add_kinds();
+    if (!c.blocks.empty()) add_kinds();
+    spoil();
+    d_scale_ = wanted(wide_, {c.N, c.T});
     out_ = wanted(type, {c.T, c.N, c.V}), lse_ = wanted(wide_, {c.T, c.N});
     d_out_ = full(type, {c.T, c.N, c.V}), d_lse_ = full(wide_, {c.T, c.N});
     d_query_ = wanted(wide_, {c.T, c.N, c.H});
@@ -125,8 +135,9 @@ class Problem {
         if (flags.back()) expected.emplace_back(name, &one);
         number++;
       };
-      want("d query", d_query_, true), want("d key", d_key_, true), want("d value", d_value_, true);
-      for (size_t i = 0; i < scores_.size(); i++) want("d score", d_scores_[i], c_.scores[i] != 'c');
+      want("d query", d_query_, true), want("d key", d_key_, true), want("d value", d_value_, true),
+          want("d scale", d_scale_, true);
+      for (const Array& one : d_scores_) want("d score", one, true);
       attributes["wanted"] = list(flags);
       std::vector<Array> gradients;
       results.clear();
@@ -254,6 +265,25 @@ class Problem {
         make(XLA_FFI_DataType_S8, join(c_.batch, {by_head ? c_.N : 1, (c_.T + q - 1) / q, (c_.S + k - 1) / k}), kind);
   }
 
+  // NaN in keys and values that nobody sees.
+  void spoil() {
+    for (int64_t s = 0; s < c_.S; s++) {
+      bool some = codes_.empty();
+      for (int64_t b0 = 0; b0 < c_.batch[0]; b0++)
+        for (int64_t b1 = 0; b1 < c_.batch[1]; b1++)
+          for (int64_t n = 0; n < c_.N; n++)
+            for (int64_t t = 0; t < c_.T && !some; t++) some = seen(b0, b1, n, t, s);
+      for (Array* array : {&key_, &value_}) {
+        const int64_t size = array->sizes[3] * array->sizes[4], rows = array->sizes[0] * array->sizes[1];
+        for (int64_t i = 0; !some && i < rows * size; i++) {
+          const size_t at = static_cast<size_t>((i / size * c_.S + s) * size + i % size);
+          array->values[at] = NAN;
+          encode(array->data.get() + at * bytes_of(type_), type_, NAN);
+        }
+      }
+    }
+  }
+
   void add_score(char step) {
     const int64_t distances = c_.T + c_.S - 1;
     auto add = [&](Type type, const Sizes& sizes, const Sizes& gradient) {
@@ -290,7 +320,9 @@ class Problem {
         add(wide_, {1, distances}, {c_.N, distances});
         break;
       default:
-        scores_.push_back({}), d_scores_.push_back({});
+        scores_.push_back(
+            make(wide_, batched({step == 'C' ? c_.N : 1}), [&](const Sizes&) { return 3 + number() / 4; }));
+        d_scores_.push_back(wanted(wide_, {c_.N, c_.T}));
     }
   }
 
@@ -305,24 +337,24 @@ class Problem {
     return mix(row + static_cast<uint32_t>(s) * 0x27D4EB2Fu) >= std::nearbyint(c_.dropout * 4294967296.0);
   }
 
-  static constexpr double kCap = 3;
-
   // The output as the backward gets it: one that the type holds exactly.
   static double rounded(double x) { return std::nearbyint(64 * x) / 64; }
 
   // One row of the answer.
   void solve(int64_t b0, int64_t b1, int64_t n, int64_t t) {
     const int64_t kv = n / (c_.N / c_.K);
-    std::vector<double> logits(c_.S), slopes(c_.S, 1), weights(c_.S), d_weights(c_.S);
+    std::vector<double> logits(c_.S), raw(c_.S), weights(c_.S), d_weights(c_.S);
+    std::vector<std::vector<double>> before(scores_.size(), logits);
     double highest = c_.sinks ? sinks_({b0, b1, n}) : -kInfinity;
     for (int64_t s = 0; s < c_.S; s++) {
       double x = 0;
       for (int64_t d = 0; d < c_.H; d++) x += query_({b0, b1, t, n, d}) * key_({b0, b1, s, kv, d});
-      x *= c_.scale;
+      raw[s] = x, x *= scale_({b0, b1, n});
       for (size_t i = 0; i < scores_.size(); i++) {
-        if (c_.scores[i] == 'c') {
-          x = kCap * std::tanh(x / kCap);
-          slopes[s] = 1 - x * x / (kCap * kCap);
+        before[i][s] = x;
+        if (caps(i)) {
+          const double cap = scores_[i]({b0, b1, n});
+          x = cap * std::tanh(x / cap);
         } else {
           x += by_distance(i) ? scores_[i]({b0, b1, n, t - s + c_.S - 1}) : scores_[i]({b0, b1, n, t, s});
         }
@@ -350,18 +382,24 @@ class Problem {
       if (logits[s] == -kInfinity) continue;
       double change = weights[s] * (d_weights[s] - delta);
       for (size_t i = scores_.size(); i-- > 0;) {
-        if (c_.scores[i] == 'c')
-          change *= slopes[s];
-        else
+        if (!caps(i)) {
           d_score(i, b0, b1, n, t, s) += change;
+          continue;
+        }
+        const double part = before[i][s] / scores_[i]({b0, b1, n}), tanh = std::tanh(part), slope = 1 - tanh * tanh;
+        d_scores_[i][{b0, b1, n, t}] += change * (tanh - part * slope);
+        change *= slope;
       }
+      d_scale_[{b0, b1, n, t}] += change * raw[s];
+      change *= scale_({b0, b1, n});
       for (int64_t d = 0; d < c_.H; d++) {
-        d_query_[{b0, b1, t, n, d}] += c_.scale * change * key_({b0, b1, s, kv, d});
-        d_key_[{b0, b1, s, kv, d}] += c_.scale * change * query_({b0, b1, t, n, d});
+        d_query_[{b0, b1, t, n, d}] += change * key_({b0, b1, s, kv, d});
+        d_key_[{b0, b1, s, kv, d}] += change * query_({b0, b1, t, n, d});
       }
     }
   }
 
+  bool caps(size_t i) const { return c_.scores[i] == 'c' || c_.scores[i] == 'C'; }
   bool by_distance(size_t i) const { return c_.scores[i] == 'd' || c_.scores[i] == 'D'; }
   double& d_score(size_t i, int64_t b0, int64_t b1, int64_t n, int64_t t, int64_t s) {
     if (by_distance(i)) return d_scores_[i][{b0, b1, n, t - s + c_.S - 1}];
@@ -370,33 +408,21 @@ class Problem {
   }
 
   std::vector<const Array*> operands() const {
-    std::vector<const Array*> all = {&query_, &key_, &value_};
+    std::vector<const Array*> all = {&query_, &key_, &value_, &scale_};
     if (c_.sinks) all.push_back(&sinks_);
     if (c_.dropout > 0) all.push_back(&seeds_);
     for (const Array& array : masks_) all.push_back(&array);
-    if (!c_.mask.empty()) all.push_back(&kinds_);
-    for (const Array& array : scores_)
-      if (array.data) all.push_back(&array);
+    if (!c_.blocks.empty()) all.push_back(&kinds_);
+    for (const Array& array : scores_) all.push_back(&array);
     return all;
   }
 
   Attributes attributes(const std::string& isa) const {
     std::vector<int64_t> steps;
-    std::vector<double> caps;
-    for (char step : c_.scores) {
-      steps.push_back(step == 'c' ? 0 : step == 'd' || step == 'D' ? 2 : 1);
-      caps.push_back(step == 'c' ? kCap : 0);
-    }
-    return {{"batch", list(c_.batch)},
-            {"scale", scalar(c_.scale)},
-            {"dropout", scalar(c_.dropout)},
-            {"sinks", scalar(int64_t{c_.sinks})},
-            {"mask", list(codes_)},
-            {"blocks", list(c_.mask.empty() ? Sizes{} : c_.blocks)},
-            {"scores", list(steps)},
-            {"caps", list(caps)},
-            {"isa", text(isa)},
-            {"threads", scalar(int64_t{0})}};
+    for (size_t i = 0; i < scores_.size(); i++) steps.push_back(caps(i) ? 0 : by_distance(i) ? 2 : 1);
+    return {{"batch", list(c_.batch)}, {"dropout", scalar(c_.dropout)}, {"sinks", scalar(int64_t{c_.sinks})},
+            {"mask", list(codes_)},    {"blocks", list(c_.blocks)},     {"scores", list(steps)},
+            {"isa", text(isa)},        {"threads", scalar(int64_t{0})}};
   }
 
   // Frames with an array too few, too many or of a wrong size must be refused before anything is read.
@@ -431,8 +457,8 @@ class Problem {
   const Case& c_;
   Type type_, wide_;
   std::mt19937 random_;
-  Array query_, key_, value_, sinks_, seeds_, kinds_, out_, given_out_, lse_, d_out_, d_lse_, d_query_, d_key_,
-      d_value_;
+  Array query_, key_, value_, scale_, d_scale_, sinks_, seeds_, kinds_, out_, given_out_, lse_, d_out_, d_lse_,
+      d_query_, d_key_, d_value_;
   std::vector<int64_t> codes_;
   std::vector<Array> masks_, scores_, d_scores_;
 };

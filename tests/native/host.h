@@ -55,6 +55,7 @@ T got(const char* from) {
 
 inline uint16_t float16(double x) {
   if (x == 0) return 0;
+  if (x != x) return 0x7e00;
   int exponent;
   double fraction = std::frexp(std::fabs(x), &exponent);  // in [0.5, 1)
   return static_cast<uint16_t>((x < 0) << 15 | (exponent + 14) << 10 |
@@ -206,7 +207,6 @@ using Attributes = std::map<std::string, Attribute>;  // in order of their names
 inline Attribute scalar(int64_t x) { return {XLA_FFI_AttrType_SCALAR, {x}}; }
 inline Attribute scalar(double x) { return {XLA_FFI_AttrType_SCALAR, {}, {x}}; }
 inline Attribute list(std::vector<int64_t> x) { return {XLA_FFI_AttrType_ARRAY, std::move(x)}; }
-inline Attribute list(std::vector<double> x) { return {XLA_FFI_AttrType_ARRAY, {}, std::move(x)}; }
 inline Attribute text(std::string x) { return {XLA_FFI_AttrType_STRING, {}, {}, std::move(x)}; }
 
 // Calls the kernel and returns its error.
@@ -248,8 +248,7 @@ inline std::string call(XLA_FFI_Handler* handler, XLA_FFI_ExecutionContext& cont
       scalars.push_back({type, data});
       values.push_back(&scalars.back());
     } else {
-      const Type own = name == "caps" ? XLA_FFI_DataType_F64 : type;  // also where it is empty
-      arrays.push_back({own, attribute.integers.size() + attribute.numbers.size(), data});
+      arrays.push_back({type, attribute.integers.size() + attribute.numbers.size(), data});
       values.push_back(&arrays.back());
     }
   }

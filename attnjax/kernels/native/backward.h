@@ -16,7 +16,7 @@ class Backward {
   static constexpr bool kPaired = !std::is_same_v<A, E>;
   static constexpr int64_t kSpan = 2 * kKeys;  // keys of a task
   static constexpr int kFold = 32;             // panels whose sums by key are added up before they join the others
-  static constexpr int kManyAdders = 16;       // to a gradient by query and key: from here on what rounding loses counts
+  static constexpr int kManyAdders = 16;  // to a gradient by query and key: from here on what rounding loses counts
   using V = Vector<A>;
 
   // Who may add to the rows of a panel: the number of the span whose turn it is; and of the first one.

@@ -30,7 +30,8 @@ class Decode {
     const Kinds<A> kinds(c, run);
     for_each(run, c.lanes * splits, [&](int64_t task) {
       int64_t lane = task / splits, first = least(c.keys, task % splits * each);
-      Decode(c, kinds, run.scratch(bytes(c))).pass(lane, first, least(c.keys, first + each), found + task * rows * record);
+      Decode(c, kinds, run.scratch(bytes(c)))
+          .pass(lane, first, least(c.keys, first + each), found + task * rows * record);
     });
     for_each(run, c.lanes, [&](int64_t lane) { merge(c, lane, splits, found + lane * splits * rows * record); });
     run.release(found);
@@ -250,8 +251,8 @@ class Decode {
       }
   }
 
-  // Adds weight * value for the keys of the step, of all heads, in the order in which they lie in memory; their sum, and
-  // not each of them, is added to what was summed before. Keys whose weight is 0 may hold NaN.
+  // Adds weight * value for the keys of the step, of all heads, in the order in which they lie in memory; their sum,
+  // and not each of them, is added to what was summed before. Keys whose weight is 0 may hold NaN.
   template <Type type>
   void add_values(int64_t lane, int64_t key, int keys) {
     const int64_t size = size_of(type), width = c_.value_size;

@@ -35,7 +35,8 @@ class Forward {
     for_each(run, heads * blocks, [&](int64_t task) {
       int64_t head = task % heads, block = blocks - 1 - task / heads;  // under a causal mask the last ones see the most
       int64_t first = block * panels * L;
-      Forward(c, run, kinds, panels).block(head / c.key_heads, head % c.key_heads, first, least(rows, first + panels * L));
+      Forward(c, run, kinds, panels)
+          .block(head / c.key_heads, head % c.key_heads, first, least(rows, first + panels * L));
     });
   }
 
@@ -205,8 +206,8 @@ class Forward {
     }
     A* out = state.out;
     auto sum_values = [&](const auto& finish) {
-      product<A, true>(summed, c_.value_size, factors, L, depth_of<A, E>(high - first),
-                       static_cast<int>(c_.value_size), vectors, finish, Nothing());
+      product<A, true>(summed, c_.value_size, factors, L, depth_of<A, E>(high - first), static_cast<int>(c_.value_size),
+                       vectors, finish, Nothing());
     };
     if (!state.started)
       sum_values([&](int m, int n, V sum) { store(out + m * L + n * W, sum); });

@@ -1,6 +1,6 @@
-// Which blocks of a mask are empty (0), partial (1) or full (2): from the ends of the numbers that the mask compares, by
-// block of keys and panel of queries, or from a map that the caller has. Memory is linear in the lengths, and blocks that
-// are far apart are skipped many at a time.
+// Which blocks of a mask are empty (0), partial (1) or full (2): from the ends of the numbers that the mask compares,
+// by block of keys and panel of queries, or from a map that the caller has. Memory is linear in the lengths, and blocks
+// that are far apart are skipped many at a time.
 #pragma once
 
 #include "panel.h"
@@ -45,8 +45,8 @@ inline int compare_ends(MaskStep step, Ends k, Ends q) {
 template <class A>
 class Kinds {
   static constexpr int L = kLanes<A>;
-  static constexpr int kShift = 4;     // 16 runs of one level make one of the next
-  static constexpr int kLevels = 16;   // of 64 * 16^15 keys
+  static constexpr int kShift = 4;           // 16 runs of one level make one of the next
+  static constexpr int kLevels = 16;         // of 64 * 16^15 keys
   static constexpr int64_t kMany = 1 << 16;  // numbers that are worth waking other threads for
 
   // Runs of blocks, runs of those, and so on up to a single one.
@@ -98,9 +98,12 @@ class Kinds {
   int of(const Panel<A>& panel, int64_t key, int64_t end) const {
     if (c_.kinds.data) return mapped(panel, key, end);
     if (!c_.steps) return 2;
-    return evaluate([&](int i) { return keys_between(i, panel.lane, key, end); },
-                    [&](int i) { return queries_[i][at(c_.comparison[i].queries, panel.lane, c_.queries, by_query_) + panel.first / L]; },
-                    [&](int i) { return dense_kind(i, panel, key, end); });
+    return evaluate(
+        [&](int i) { return keys_between(i, panel.lane, key, end); },
+        [&](int i) {
+          return queries_[i][at(c_.comparison[i].queries, panel.lane, c_.queries, by_query_) + panel.first / L];
+        },
+        [&](int i) { return dense_kind(i, panel, key, end); });
   }
 
   // Whether any block of the keys [key, end) is visited.

@@ -1,5 +1,6 @@
 // Numbers that are not finite, and rows of pairs that do not see each other: 0 * NaN is NaN, so that what a hidden pair
-// holds would reach rows that must not see it. Products take 0 for such numbers; those who see them get them afterwards.
+// holds would reach rows that must not see it. Products take 0 for such numbers; those who see them get them
+// afterwards.
 #pragma once
 
 #include "simd.h"

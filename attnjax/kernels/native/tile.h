@@ -104,9 +104,7 @@ inline void set_scaled_product(A* c, int64_t ldc, const E* a, int64_t lda, const
                                int rows, int vectors, const A* factors, const Between& between = Between()) {
   product<A, flipped>(
       a, lda, b, ldb, depth, rows, vectors,
-      [&](int m, int n, Vector<A> sum) {
-        store(c + m * ldc + n * kWidth<A>, sum * load(factors + n * kWidth<A>));
-      },
+      [&](int m, int n, Vector<A> sum) { store(c + m * ldc + n * kWidth<A>, sum * load(factors + n * kWidth<A>)); },
       between);
 }
 
