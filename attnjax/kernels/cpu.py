@@ -371,7 +371,10 @@ def _library() -> Any:
     """The library, its functions registered with XLA; or the reason why there is none."""
     path = pathlib.Path(__file__).parent / "native" / "libattnjax_cpu.so"
     if not path.exists():
-        return "the compiled kernel was not built: install attnjax where there is a C++17 compiler"
+        return (
+            "the compiled kernel was not built: install attnjax where there is a C++17 compiler, with pip install "
+            "--force-reinstall --no-cache-dir (pip keeps what it built without one)"
+        )
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

@@ -6,6 +6,7 @@
 
 #include "kinds.h"
 #include "nonfinite.h"
+#include "sums.h"
 
 namespace attnjax::ATTNJAX_ISA {
 
@@ -162,45 +163,12 @@ class Backward {
     return static_cast<int32_t>(least(span, spans));
   }
 
-  // delta = sum(d_out * out) - d_lse, of the rows of a panel.
-  static void subtrahends(const Call& c, const Panel<A>& panel, A* delta) {
-    const Type type = c.query.type;
-    for (int l = 0; l < panel.rows; l++) {
-      const int64_t row = (panel.lane * c.queries + panel.t[l]) * c.heads + panel.head[l];
-      const char* out = static_cast<const char*>(c.out) + row * c.value_size * size_of(type);
-      const char* d_out = static_cast<const char*>(c.d_out) + row * c.value_size * size_of(type);
-      V sum = {};
-      for (int64_t v = 0; v < c.value_size; v += W)
-        sum += fetch<A>(out, type, v, c.value_size) * fetch<A>(d_out, type, v, c.value_size);
-      A all = 0;
-      for (int i = 0; i < W; i++) all += sum[i];
-      delta[row] = all - static_cast<const A*>(c.d_lse)[row];
-    }
-  }
-
   // Gradients of queries that no task visits.
   static void clear(const Call& c, const Panel<A>& panel) {
     for (int l = 0; l < panel.rows; l++) {
       int64_t row = (panel.lane * c.queries + panel.t[l]) * c.heads + panel.head[l];
       if (c.d_query) std::memset(static_cast<A*>(c.d_query) + row * c.head_size, 0, c.head_size * sizeof(A));
     }
-  }
-
-  template <class Work>
-  static void in_pieces(int64_t size, const Run& run, const Work& work) {
-    const int64_t pieces = 64, each = divide_up(size, pieces);
-    for_each(run, pieces, [&](int64_t i) { work(least(size, i * each), least(size, (i + 1) * each)); });
-  }
-
-  static void clear(A* sums, int64_t size, const Run& run) {
-    in_pieces(size, run, [&](int64_t from, int64_t to) { std::memset(sums + from, 0, (to - from) * sizeof(A)); });
-  }
-
-  // What was lost is not a number where the sum is infinite.
-  static void add_rests(A* sums, const A* rests, int64_t size, const Run& run) {
-    in_pieces(size, run, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; i++) sums[i] = is_finite(rests[i]) ? sums[i] + rests[i] : sums[i];
-    });
   }
 
   void span(int64_t head, int64_t number) {

@@ -29,9 +29,13 @@ namespace attnjax {
   extern const Kernels kernels; \
   }
 ATTNJAX_DECLARE(portable)
-#if defined(ATTNJAX_X86)
+#if defined(ATTNJAX_HAS_avx2)
 ATTNJAX_DECLARE(avx2)
+#endif
+#if defined(ATTNJAX_HAS_avx512)
 ATTNJAX_DECLARE(avx512)
+#endif
+#if defined(ATTNJAX_HAS_avx512_bf16)
 ATTNJAX_DECLARE(avx512_bf16)
 #endif
 
@@ -41,14 +45,21 @@ namespace {
 const std::vector<const Kernels*>& instruction_sets() {
   static const std::vector<const Kernels*> found = [] {
     std::vector<const Kernels*> sets;
-#if defined(ATTNJAX_X86)
+#if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vl");
+    [[maybe_unused]] const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+                                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+#if defined(ATTNJAX_HAS_avx512_bf16)
     if (avx512 && __builtin_cpu_supports("avx512bf16")) sets.push_back(&avx512_bf16::kernels);
+#endif
+#if defined(ATTNJAX_HAS_avx512)
     if (avx512) sets.push_back(&avx512::kernels);
+#endif
+#if defined(ATTNJAX_HAS_avx2)
     if (avx2) sets.push_back(&avx2::kernels);
 #endif
     sets.push_back(&portable::kernels);

@@ -145,14 +145,6 @@ inline void rows_to_lanes(A* to, const char* const* rows, Type type, int64_t col
   }
 }
 
-// sum += x, and to `rest` what the rounding of that lost.
-template <class T>
-inline void add_exactly(T& sum, T& rest, T x) {
-  const T made = sum + x, share = made - sum;
-  rest += (sum - (made - share)) + (x - share);
-  sum = made;
-}
-
 // The way back: `from[column][lane]` times a factor for each lane, to rows; or added to rows of the type A.
 template <class A>
 inline void lanes_to_rows(char* const* rows, Type type, const A* from, const A* factor, int64_t columns, int vectors,
@@ -184,26 +176,6 @@ inline void lanes_to_rows(char* const* rows, Type type, const A* from, const A* 
       }
     }
   }
-}
-
-// Adds `from[column][lane]` to rows of the type A, and what is lost by it to other rows.
-template <class A>
-inline void add_lanes_exactly(char* const* rows, char* const* rests, const A* from, int64_t columns, int vectors) {
-  constexpr int W = kWidth<A>;
-  for (int v = 0; v < vectors; v++)
-    for (int64_t c = 0; c < columns; c += W) {
-      const int count = static_cast<int>(least(W, columns - c));
-      Vector<A> r[W];
-      for (int i = 0; i < W; i++) r[i] = i < count ? load(from + (c + i) * kLanes<A> + v * W) : Vector<A>{};
-      transpose<A>(r);
-      for (int i = 0; i < W; i++) {
-        if (!rows[v * W + i]) continue;
-        A *sums = reinterpret_cast<A*>(rows[v * W + i]) + c, *lost = reinterpret_cast<A*>(rests[v * W + i]) + c;
-        alignas(64) A part[W];
-        store(part, r[i]);
-        for (int j = 0; j < count; j++) add_exactly(sums[j], lost[j], part[j]);
-      }
-    }
 }
 
 }  // namespace attnjax::ATTNJAX_ISA
