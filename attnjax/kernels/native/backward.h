@@ -5,7 +5,6 @@
 #pragma once
 
 #include "kinds.h"
-#include "nonfinite.h"
 #include "sums.h"
 
 namespace attnjax::ATTNJAX_ISA {
@@ -59,11 +58,11 @@ class Backward {
     for (int i = 0; i < c.scores; i++) {
       const Score& score = c.score[i];
       if (!score.gradient) continue;
-      clear(static_cast<A*>(score.gradient), score.gradient_size, run);
+      zero(static_cast<A*>(score.gradient), score.gradient_size, run);
       const bool heads_too = score.adders && !score.gradient_pairs.head;
       if (score.adders * (heads_too ? c.heads / c.key_heads : 1) < kManyAdders) continue;
       shared.rests[i] = static_cast<A*>(run.reserve(score.gradient_size * static_cast<int64_t>(sizeof(A))));
-      clear(shared.rests[i], score.gradient_size, run);
+      zero(shared.rests[i], score.gradient_size, run);
     }
     if (shares(c)) {
       for_each(run, shared.spans, [&](int64_t span) {

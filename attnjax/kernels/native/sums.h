@@ -42,7 +42,7 @@ inline void in_pieces(int64_t size, const Run& run, const Work& work) {
 }
 
 template <class A>
-inline void clear(A* sums, int64_t size, const Run& run) {
+inline void zero(A* sums, int64_t size, const Run& run) {
   in_pieces(size, run, [&](int64_t from, int64_t to) { std::memset(sums + from, 0, (to - from) * sizeof(A)); });
 }
 
