@@ -81,8 +81,7 @@ def test_a_library_that_cannot_be_loaded(monkeypatch, tmp_path):
     (tmp_path / "native").mkdir()
     monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
     load = cpu._library.__wrapped__
-    text = "the compiled kernel was not built: install attnjax where there is a C++17 compiler, with pip .*no-cache"
-    assert re.match(text, load())
+    assert load().startswith("the compiled kernel was not built: install attnjax where there is a C++17 compiler, ")
     (tmp_path / "native" / "libattnjax_cpu.so").write_text("no library")
     assert load().startswith("the compiled kernel cannot be loaded: ")
 
