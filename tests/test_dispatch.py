@@ -1,7 +1,6 @@
 """Which implementation runs what, on which platform, and what `explain` says about it. The numbers are elsewhere."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
