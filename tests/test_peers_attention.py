@@ -233,6 +233,29 @@ def test_the_largest_logit_of_each_head(qkv):
     np.testing.assert_allclose(largest, logits.max((0, 2, 3)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("sink", [-np.inf, -100.0, 100.0, 1e30])
+def test_sinks_beside_tiles_that_are_empty(array, sink):
+    """TensorRT-LLM#19220, Dao#2752: a sink overflowed beside an empty tile, the log-sum-exp of 100 was infinite."""
+    q, k, v = array(200, N, H), array(200, K, H), array(200, K, H)
+    i, j = np.arange(200)[:, None], np.arange(200)
+    sinks = jnp.full(N, sink)
+    out, lse = run(q, k, v, mask=aj.Window(3, 0, offset=-150), sinks=sinks)
+    plain, plain_lse = formula(q, k, v, seen=(j >= i - 153) & (j <= i - 150))
+    with np.errstate(invalid="ignore"):
+        want = np.logaddexp(plain_lse, sink)
+        share = np.where(np.isneginf(plain_lse), 0, np.exp(plain_lse - want))
+    close([out, lse], [plain * share[..., None], want])
+
+
+def test_gradients_of_forked_windows(qkv, array):
+    """pytorch#158212: the gradients of a mask of one's own were wrong."""
+    fork = lambda q, k: (abs(q - k) <= 2) | (abs(q + 5 - k) <= 1)
+    gradient = lambda mask: jax.grad(lambda x: (aj.attention(*x, mask=mask) ** 2).sum())(qkv)
+    by_array = gradient(jnp.asarray(fork(t, s)))
+    for one, other in zip(gradient(aj.Where(lambda b, h, q, k: fork(q, k))), by_array, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
 # Memory and shapes
 
 

@@ -1,5 +1,7 @@
 """Wrong answers that other attention libraries gave without a word, each tried on attnjax. Crashes are not here."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -328,3 +330,39 @@ def test_minus_infinity_in_a_bias_is_a_mask(attend, qkv):
     assert not np.asarray(out)[:, 0].any() and np.isneginf(lse[:, 0]).all()
     assert np.isfinite(out).all() and np.isfinite(gq).all() and np.isfinite(gbias).all()
     assert not np.asarray(gbias)[np.isneginf(bias)].any()
+
+
+# Reports whose situations other tests hold. Those that are named where they are tested are not repeated here.
+
+REPORTS = {
+    "google/flax#4589, #4151, #4771: dropout in stacks": [
+        "test_nn.py::test_stacks_keep_random_streams_and_what_is_sown"
+    ],
+    "google/flax#5172: an optimizer on a divided model": ["test_nn.py::test_eight_devices_give_the_same_numbers"],
+    "transformers#37574, PR 38046, PR 47708, mlx-lm#735: ring caches": [
+        "test_cache.py::test_pieces_give_the_whole",
+        "test_cache.py::test_rows_of_different_lengths",
+        "test_cache.py::test_a_ring_of_more_room_than_its_window",
+    ],
+    "transformers#25420: cached against uncached": ["test_generate.py::test_greedy_tokens_are_those_of_full_forwards"],
+    "TinyLLM#17, x-transformers#187: a prompt at once, then steps": ["test_cache.py::test_pieces_give_the_whole"],
+    "OpenNMT-py#60, tensorflow#21920, espnet#4174, ParlAI#2058, transformers#20901, joeynmt#149: beams": [
+        "test_beam.py::test_a_wide_beam_finds_the_best_of_all_targets",
+        "test_beam.py::test_scores_fall_and_a_row_does_not_depend_on_others",
+    ],
+    "candle#899, TensorRT-LLM#13870, transformers#4499, rust-bert#170: T5": ["test_nn.py::test_relative_positions"],
+    "vllm#48621, mlx-lm#1507: YaRN": ["test_positions.py::test_rope_is_that_of_hugging_face"],
+    "EasyDeL#129: packed documents": [
+        "test_models.py::test_packed_documents_equal_separate_runs",
+        "test_models.py::test_positions_begin_anew_in_each_document",
+    ],
+    "pytorch#193728: a value longer than its key": ["test_errors.py::test_sizes_that_do_not_fit"],
+}
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_reports_are_where_the_table_says(report):
+    """A test that is renamed takes its line along."""
+    for place in REPORTS[report]:
+        file, name = place.split("::")
+        assert f"def {name}" in (pathlib.Path(__file__).parent / file).read_text()

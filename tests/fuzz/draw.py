@@ -21,6 +21,7 @@ class Drawing:
       x: floats that have derivatives; d: integers, booleans that are arguments; c: what the program closes over.
       x_axes, d_axes: along which axis `vmap` maps each of them; `mapped`: how often, 0 is not at all.
       tiny: logits may be so small that their squares are 0.
+      order: how often the call is differentiated.
       divided: arrays are divided over devices; cached: a cache holds the keys.
       one_sided: the mask is causal whatever else it says, so functions need no meaning at keys behind the query.
     """
@@ -35,6 +36,7 @@ class Drawing:
     rounds: int = 1
     cached: bool = False
     divided: bool = False
+    order: int = 0
     tiny: bool = False
     x: dict[str, str] = dataclasses.field(default_factory=dict)
     d: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -282,8 +282,9 @@ class Forward {
     alignas(64) A factor[L] = {};
     for (int l = 0; l < panel.rows; l++) {
       A highest = state.highest[l], total = state.total[l], before = 1;
-      if (c_.sinks.data) {
-        A sink = *reinterpret_cast<const A*>(c_.sinks.at(panel.lane, panel.head[l]));
+      const A sink = c_.sinks.data ? *reinterpret_cast<const A*>(c_.sinks.at(panel.lane, panel.head[l]))
+                                   : -static_cast<A>(__builtin_inf());
+      if (sink != -static_cast<A>(__builtin_inf())) {  // which adds nothing, also where no key was seen
         A with = sink > highest ? sink : highest;
         before = __builtin_exp(highest - with);
         total = total * before + static_cast<A>(__builtin_exp(sink - with));
