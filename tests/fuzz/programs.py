@@ -376,11 +376,15 @@ def _program(
     shapes = [((*rows, z.V), draw.dtype), *([(rows, lse_dtype)] if has_lse else [])]
     changes, spec = "", None
     if mesh is not None:
-        spec = f"P('data', *[None] * {len(rows) - 2}, {'model' if mesh[1] else None!r})"
+        # All that is mapped together must be divided alike: where more is mapped, another axis is divided.
+        others = [*draw.x_axes.values(), *draw.d_axes.values()][3:]
+        placed = "None, 'data'" if draw.mapped and any(axis is not None for axis in others) else "'data'"
+        rank = len(rows) - 1 - len(placed.split(","))
+        spec = f"P({placed}, *[None] * {rank}, {'model' if mesh[1] else None!r})"
         changes = f"""
     mesh = jax.make_mesh((2, 2), ("data", "model"), (AxisType.{mesh[0]},) * 2, devices=jax.devices()[:4])
     for name in ("query", "key", "value"):
-        axes = ["data", *[None] * (x[name].ndim - 3), {"'model'" if mesh[1] else None}, None]
+        axes = [{placed}, *[None] * {rank}, {"'model'" if mesh[1] else None}, None]
         x[name] = jax.device_put(x[name], NamedSharding(mesh, P(*axes)))"""
     ct = ", ".join(
         f"normal({draw.number()}, {shape}, {dtype!r})"
@@ -429,7 +433,7 @@ def _levels(draw: Drawing, letters: str) -> str:
     if draw.mapped:
         axes = f"({draw.x_axes!r}, {draw.d_axes!r})"
         lines = [f"f0 = lambda x, d: jax.vmap(lambda x, d: attend(x, d, c), in_axes={axes})(x, d)"]
-        if draw.chance(0.2):
+        if draw.chance(0.2) and not draw.divided:
             pick = "{k: a if axes[k] is None else jnp.take(jnp.asarray(a), i, axes[k]) for k, a in tree.items()}"
             lines = [
                 f"pick = lambda tree, axes, i: {pick}",
