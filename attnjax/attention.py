@@ -60,7 +60,7 @@ class Dropout:
                 f"Dropout: seed must be an integer or an integer array, got {kind}. From a PRNG key: "
                 "jax.random.bits(rng)."
             )
-        if not integer and self.seed.dtype == np.uint32 and tuple(self.seed.shape) == (2,):
+        if is_array(self.seed) and self.seed.dtype == np.uint32 and tuple(self.seed.shape) == (2,):
             raise ValueError(
                 "Dropout: seed is uint32[2], which is what jax.random.PRNGKey gives. From a PRNG key: "
                 "jax.random.bits(rng). Seeds of two batch entries: seeds.astype(jnp.int32)."
@@ -197,7 +197,7 @@ def build(
     if mask is not None:
         checks.check_static_lengths(mask, "mask", query_length, key_length)
     _check_map(block_map, mask, query_length, key_length, batch, heads, config)
-    if block_map is not None:
+    if block_map is not None and mask is not None:
         mask = block_map.effective(mask, batch, heads)
     mask = None if mask is None else mask.settled(query_length, key_length, query.dtype)
     scores = tuple(s.settled(query_length, key_length, query.dtype) for s in scores)
@@ -429,7 +429,7 @@ def dot_product_attention(
     if local_window_size is not None:
         size = checks.number_of(local_window_size)
         given = (size, size) if size is not None else local_window_size
-        both = [checks.number_of(x) for x in given] if isinstance(given, (tuple, list)) else []
+        both: list[Any] = [checks.number_of(x) for x in given] if isinstance(given, (tuple, list)) else []
         if len(both) != 2 or not all(isinstance(x, int) for x in both):
             raise ValueError(f"local_window_size must be an integer or (left, right), got {local_window_size!r}.")
         left, right = both

@@ -174,7 +174,7 @@ class KVCache:
     def _appended(self, key: Array, value: Array, lengths: Array | None) -> KVCache:
         count = key.shape[-3]
         self.check_room(count, lengths)
-        added = np.int32(count) if lengths is None else _counts(lengths)
+        added: Any = np.int32(count) if lengths is None else _counts(lengths)
         length = self.length + added
         slots = self.positions(count)
         if self.window is not None:  # of the new ones, only the last have room

@@ -42,7 +42,8 @@ class _AtOffset(Mask):
     reads: ClassVar = "qk"
 
     def settled(self, query_length: Any, key_length: Any, dtype: Any = None) -> Mask:
-        return self._around(key_length - query_length if self.at_end else 0)
+        at_end = self.at_end  # type: ignore[attr-defined]  # a field of every one of them
+        return self._around(key_length - query_length if at_end else 0)
 
     def moved(self, start: Array) -> Mask:
         return self._around(start)

@@ -158,7 +158,7 @@ jax.tree_util.register_pytree_with_keys(
         ((jax.tree_util.GetAttrKey("kinds"), m.kinds),),
         (m.query_length, m.key_length, m.block_q, m.block_k, m.built_from),
     ),
-    lambda static, kinds: _made(kinds[0], static),
+    lambda static, children: _made(next(iter(children)), static),
 )
 
 

@@ -148,7 +148,7 @@ def check_integer(node: str, name: str, value: Any, least: int | None = None) ->
     if fits(value):
         return value.astype(np.int32)
     if not value.ndim:  # a Python integer may have any size
-        return int(value)
+        return value.item()
     raise ValueError(f"{node}: {name} must fit 32 bits, got {describe(value)} with values beyond.")
 
 

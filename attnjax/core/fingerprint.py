@@ -6,7 +6,9 @@ import types
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import Literal
 
 # Parameters that change no number: where arrays lie, what things are called, what follows from other parameters.
@@ -40,7 +42,7 @@ def fingerprint(value: Any) -> Any:
         return tuple((name, fingerprint(x)) for name, x in sorted(value.items()) if name not in _OF_NO_ACCOUNT)
     if isinstance(value, (tuple, list)):
         return type(value), tuple(map(fingerprint, value))
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return Same(value)
     if isinstance(value, (jax.Array, np.ndarray, np.generic)):
         return of_array(value)
@@ -58,7 +60,7 @@ def fingerprint(value: Any) -> Any:
 def of_array(x: Any) -> tuple:
     """The key of an array that is known."""
     dtype = str(x.dtype)
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):  # keys of jax.random
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # keys of jax.random
         x = jax.random.key_data(x)
     x = np.asarray(jax.device_get(x))
     return dtype, x.shape, x.tobytes()
@@ -75,7 +77,8 @@ def _program(program: Any) -> tuple:
         return tuple((getattr(v.aval, "shape", None), str(getattr(v.aval, "dtype", v.aval))) for v in variables)
 
     def read(v: Any) -> Any:
-        return of_array(np.asarray(v.val, v.aval.dtype)) if isinstance(v, Literal) else numbers[v]
+        aval: Any = v.aval
+        return of_array(np.asarray(v.val, aval.dtype)) if isinstance(v, Literal) else numbers[v]
 
     given = made(jaxpr.constvars), made(jaxpr.invars), tuple(map(fingerprint, constants))
     equations = tuple(

@@ -187,9 +187,9 @@ def _sum(*values: Any, signs: tuple[int, ...], known: int | None = None) -> Any:
     floating = jnp.float64 if any(value.dtype.itemsize == 8 for value in values[: len(signs)]) else jnp.float32
     if known is not None:
         values = (*values, np.array(known % 2**32, np.uint32).view(np.int32), np.float64(known))
-    *values, total, size = _same_rank(*values)
+    *parts, total, size = _same_rank(*values)
     size = size.astype(floating)
-    for sign, value in zip(signs, values, strict=True):
+    for sign, value in zip(signs, parts, strict=True):
         total = total + jnp.int32(sign) * value.astype(jnp.int32)
         size = size + floating(sign) * value.astype(floating)
     total = jnp.clip(total, jnp.int32(-FAR), jnp.int32(FAR))

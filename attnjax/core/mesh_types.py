@@ -120,7 +120,8 @@ def with_auto_axes(function: Callable[..., Array], names: Callable[..., Sequence
         return function(*arrays)
     mesh = place.mesh
     explicit = tuple(n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
-    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=place)(*arrays)
+    automatic: Any = jax.sharding.auto_axes(function, axes=explicit, out_sharding=place)
+    return automatic(*arrays)
 
 
 def check_positions(axes: Sequence[str], avals: Sequence[Any], n: int, name_of: Any) -> None:

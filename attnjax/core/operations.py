@@ -221,9 +221,13 @@ class Operations:
     def _unfold(self, closed: Any, inputs: Sequence[Any]) -> list[Any]:
         """Lists the operations, those of called functions in place of the calls; gives the results."""
         jaxpr, constants = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
-        names = {v: self._capture(x, v.aval) for v, x in zip(jaxpr.constvars, constants, strict=True)}
+        names: dict[Any, Any] = {v: self._capture(x, v.aval) for v, x in zip(jaxpr.constvars, constants, strict=True)}
         names |= dict(zip(jaxpr.invars, inputs, strict=True))
-        read = lambda v: np.asarray(v.val, v.aval.dtype)[()] if isinstance(v, Literal) else names[v]
+
+        def read(v: Any) -> Any:
+            aval: Any = v.aval
+            return np.asarray(v.val, aval.dtype)[()] if isinstance(v, Literal) else names[v]
+
         for equation in jaxpr.eqns:
             primitive, parameters, given = equation.primitive, equation.params, tuple(map(read, equation.invars))
             if primitive.name in _CALLS:

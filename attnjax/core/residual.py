@@ -138,7 +138,8 @@ class Residual:
                 env.update(zip(step.outputs, step.bind(values), strict=True))
             return jnp.asarray(_read(env, wanted))
 
-        f, axes, arguments = one, "", [jnp.int32(0), jnp.int32(0)]
+        f: Any = one
+        axes, arguments = "", [jnp.int32(0), jnp.int32(0)]
         if side & {"q", "k"}:
             axes = "t" if "q" in side else "s"
             arguments[1] = jnp.arange(sizes.query_length if "q" in side else sizes.key_length, dtype=jnp.int32)

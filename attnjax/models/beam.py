@@ -149,7 +149,8 @@ def beam_search(
     capacity = door.check_room(model, prefix.shape[1], count)
     dtype = door.check_cache_dtype(cache_dtype, None)
     rules = Rules(check_count("beams", beams), count, capacity, dtype)
-    several = isinstance(stop_token, Iterable) and not isinstance(stop_token, str) and np.ndim(stop_token)
+    given: Any = stop_token
+    several = isinstance(given, Iterable) and not isinstance(given, str) and np.ndim(given)  # type: ignore[arg-type]
     stops = door.check_tokens("stop_token", stop_token if several else [stop_token], vocab)
     pads = np.int32(door.check_pad(pad_token))
     numbers = ((source, lengths) if encodes else None, prefix, own, stops, pads, np.float32(penalty))

@@ -222,7 +222,7 @@ class DecoderLM(nnx.Module):
         random: dict[str, Any] = dict(deterministic=deterministic, rngs=rngs)
         made = self.stack(
             self.dropout(self.embed(tokens, placed), **random),
-            mask=Segments(segments) if segments is ids is not None else segments,
+            mask=segments if segments is None or isinstance(segments, Segments) else Segments(segments),
             score=ALiBi.for_heads(c.num_heads) if c.positions == "alibi" else None,
             positions=placed if isinstance(c.positions, RoPE) else None,
             lengths=lengths,

@@ -211,10 +211,10 @@ def generate(
     if return_caches:
         state = _finish(frozen, given, state)
     cut = lambda x: x if x.shape[1] == count else jax.device_put(np.asarray(x)[:, :count])  # that compiles nothing
-    made = [cut(state.tokens), state.lengths, state.done, cut(state.log_probabilities)]
-    if num_samples is not None:
-        made = [x.reshape(*shape, *x.shape[1:]) for x in made]
-    return Generated(*made, state.caches if return_caches else None)
+    parts = lambda x: x if num_samples is None else x.reshape(*shape, *x.shape[1:])
+    tokens, log_probabilities = cut(state.tokens), cut(state.log_probabilities)
+    made = tuple(map(parts, (tokens, state.lengths, state.done, log_probabilities)))
+    return Generated(made[0], made[1], made[2], made[3], state.caches if return_caches else None)
 
 
 def _run(

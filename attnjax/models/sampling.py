@@ -127,6 +127,7 @@ def drawn(
     for name, keep in (("top_k", keep_top_k), ("top_p", keep_top_p), ("min_p", keep_min_p)):
         if name in numbers:
             logits = keep(logits, numbers[name])
+    assert rng is not None  # a temperature asks for it
     rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, np.arange(logits.shape[0], dtype=np.uint32))
     return jax.vmap(jax.random.categorical)(rngs, logits).astype(jnp.int32)
 
