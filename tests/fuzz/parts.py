@@ -229,7 +229,7 @@ def _bias(draw: Drawing) -> Text:
     shape = _broadcast_shape(draw)
     form, dtype = "{}", draw.one_of(["float32", draw.dtype])
     if draw.chance(0.2) and draw.mode not in ("debug_nans", "debug_infs"):
-        low = draw.one_of(["-jnp.inf", f"jnp.finfo({dtype!r}).min / 2"])
+        low = draw.one_of(["-jnp.inf"] + [f"jnp.finfo({dtype!r}).min / 2"] * (draw.order == 0))  # a cap's overflows
         form = f"(lambda t: jnp.where(t > 0.8, jnp.asarray({low}, t.dtype), t))({{}})"
     elif draw.chance(0.05):
         form = f"jnp.full_like({{}}, jnp.finfo({dtype!r}).min)"
