@@ -58,6 +58,7 @@ def by_hand(*args):
 
 
 FLOATS = tuple(range(6))
+WIDE = {"f": np.float64, "i": np.int64}
 ALL = (q, k, v, bias, slopes, sinks, ids, jnp.int32(3))
 DIVIDED = (BOTH, BOTH, BOTH, MODEL, MODEL, MODEL, DATA, NONE)
 SHARED = (DATA, DATA, DATA, NONE, NONE, NONE, DATA, NONE)
@@ -86,6 +87,7 @@ CASES = {  # a function, its arguments, how they lie; and another function that 
     "vmap": (jax.vmap(attend, in_axes=(0, None, None)), (q, k[0], v[0]), (DATA, NONE, NONE)),
     "key heads that do not divide": (attend, (twelve, *six_heads), (BOTH, DATA, DATA)),
     "function of heads": (lambda q, k, v: attend(q, k, v, mask=by_head), (q, k, v), (BOTH,) * 3),
+    "gradient in 64 bits": (gradient, tuple(np.asarray(x, WIDE[x.dtype.kind]) for x in ALL), DIVIDED),
     "by position": (attend, (q, k, v), (P(None, "data"),) * 3),
     "shard_map": (by_hand, ALL[:7], DIVIDED[:7], loss),
     "shard_map gradient": (jax.grad(by_hand, argnums=FLOATS), ALL[:7], DIVIDED[:7], gradient),
@@ -103,7 +105,8 @@ def parts(spec):
     return math.prod(MESHES["explicit"].shape[name] for name in spec if name)
 
 
-for name, (function, arguments, specs, *same) in CASES.items():
+def run(name, function, arguments, specs, *same):
+    """Prints what a case gives on each mesh."""
     want = jax.tree.leaves(jax.jit(*(same or [function]))(*arguments))
     for kind, mesh in MESHES.items():
         placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arguments, specs, strict=True)]
@@ -121,3 +124,8 @@ for name, (function, arguments, specs, *same) in CASES.items():
         case["error"] = max(differ(a, b) for a, b in zip(got, want, strict=True))
         case["moves"] = collections.Counter(re.findall(MOVES, compiled.as_text()))
         print(json.dumps(case | {"shares": [shares(x) for x in got]}))
+
+
+for name, case in CASES.items():
+    with jax.enable_x64("64 bits" in name):  # XLA asks for a device's share on a thread that is not told
+        run(name, *case)

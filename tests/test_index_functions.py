@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -484,3 +486,15 @@ def test_a_refusal_names_the_array_and_what_captured_it():
             implementation="triton",
             config=EVERY_IMPLEMENTATION["triton"],
         )
+
+
+def test_programs_keep_no_captured_array_alive():
+    """Caches keep static parts of programs for good: an array in them would never be freed, and a tracer leak."""
+
+    def captures():
+        array = jnp.arange(7) + 1
+        return aj.Where(lambda b, h, q, k: array[k] > q).predicate, weakref.ref(array)
+
+    function, seen = captures()
+    gc.collect()
+    assert seen() is None and hash(function) is not None

@@ -18,6 +18,7 @@ EXPECTED = {
     "gradient by batch and head": (SUMS, [8, 8, 8, 4, 4, 4]),
     "gradient with one key head": (SUMS, [8, 2, 2, 4, 4, 4]),
     "gradient with two key heads": (SUMS, [8, 2, 2, 4, 4, 4]),
+    "gradient in 64 bits": (SUMS, [8, 8, 8, 4, 4, 4]),
     "tangent": (set(), [8, 8]),
     "second order": (SUMS, [2, 1]),
     "second order by batch and head": (SUMS, [8, 4]),

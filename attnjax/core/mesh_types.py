@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
@@ -33,6 +34,15 @@ class Operand:
 def without_mesh() -> contextlib.AbstractContextManager:
     """No mesh is set: kernels are traced for one device's share, where the axes of a mesh mean nothing."""
     return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+
+
+def in_64_bits(avals: Sequence[Any] = ()) -> bool:
+    """Whether numbers of 64 bits are asked for (jax_enable_x64), here or where these types were made.
+
+    XLA asks for a share of a program on a thread of its own, which does not know of `with jax.enable_x64(True)`.
+    """
+    wide = (np.int64, np.uint64, np.float64)
+    return jax.dtypes.canonicalize_dtype(np.float64) == np.float64 or any(a.dtype in wide for a in avals)
 
 
 def vary_together(arrays: Sequence[Array]) -> list[Array]:

@@ -111,6 +111,7 @@ class Operations:
         self._arrays = captured
         self.inputs = [Name(v.aval) for v in closed.jaxpr.invars]
         (self.out,) = self._unfold(closed, self.inputs)
+        del self._arrays, self._of_number  # caches keep what is static for good, and arrays with it
         self._effects = [step for step in self.steps if not step.outputs]
         self.steps = self.needed((self.out, *(v for step in self._effects for v in step.inputs)), set())
         self.depends = {v: frozenset((letter,)) for v, letter in zip(self.inputs, letters, strict=True)}

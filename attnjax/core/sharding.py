@@ -20,7 +20,7 @@ from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, 
 from jax.extend.core import Primitive
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from attnjax.core.mesh_types import Names, Operand, without_mesh
+from attnjax.core.mesh_types import Names, Operand, in_64_bits, without_mesh
 from attnjax.core.program import Problem
 
 Array = jax.Array
@@ -95,7 +95,7 @@ def shared_out(
       body: (problem, shapes of the results) -> function of the arguments, for the whole problem and for a share.
       arguments, results: what goes in and comes out; results that lack an axis of the work are sums over it.
     """
-    sizes = problem.sizes
+    sizes, wide = problem.sizes, in_64_bits()
     # XLA asks `partition` for the program of a share; of the whole it needs the shapes.
     run = custom_partitioning(lambda *arrays: jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), list(results)))
 
@@ -111,7 +111,7 @@ def shared_out(
 
         def lower(*arrays: Array) -> list[Array]:
             sums = (share.summed_over(sizes, r) for r in results)
-            with without_mesh():
+            with without_mesh(), jax.enable_x64(wide):  # XLA asks on a thread that knows of neither
                 needed = [share.picked(x, sizes, a, mesh) for x, a in zip(arrays, arguments, strict=True)]
                 made = [share.put_back(x, sizes, r, mesh) for x, r in zip(own(*needed), results, strict=True)]
                 return [lax.psum(x, names) if names else x for x, names in zip(made, sums, strict=True)]

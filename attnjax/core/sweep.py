@@ -17,7 +17,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from attnjax.core.mesh_types import Operand, placed_as, result_types, without_mesh
+from attnjax.core.mesh_types import Operand, in_64_bits, placed_as, result_types, without_mesh
 from attnjax.core.program import Problem
 from attnjax.core.sharding import compiled_for_several
 from attnjax.core.walk import Output, Visit, Walk, push, reduce_to
@@ -291,7 +291,7 @@ def register(
 
             plain = lambda avals: [ShapedArray(a.shape, a.dtype) for a in avals]
             ctx = ctx.replace(avals_in=plain(ctx.avals_in), avals_out=plain(types))
-            with without_mesh():
+            with without_mesh(), jax.enable_x64(in_64_bits([*ctx.avals_in, *types])):
                 return mlir.lower_fun(placed, multiple_results=True)(ctx, *args, **params)
 
         mlir.register_lowering(primitive, lower, platform=platform)
