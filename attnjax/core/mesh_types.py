@@ -32,8 +32,12 @@ class Operand:
 
 
 def without_mesh() -> contextlib.AbstractContextManager:
-    """No mesh is set: kernels are traced for one device's share, where the axes of a mesh mean nothing."""
-    return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+    """No mesh is set: kernels are traced for one device's share, where the axes of a mesh mean nothing.
+
+    Which device that is stays known.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
 
 def in_64_bits(avals: Sequence[Any] = ()) -> bool:
