@@ -226,7 +226,7 @@ def test_saving_refuses_what_it_cannot_write(saved, tmp_path):
         checkpoint.save(saved, model, step=5)
     with pytest.raises(ValueError, match="step must be an integer of at least 0, got -1"):
         checkpoint.save(tmp_path, model, step=-1)
-    with pytest.raises(ValueError, match="keep must be an integer of at least 1 or None, got 0"):
+    with pytest.raises(ValueError, match="keep must be an integer of at least 1, got 0"):
         checkpoint.save(tmp_path, model, step=1, keep=0)
     with pytest.raises(TypeError, match="extras must be JSON values"):
         checkpoint.save(tmp_path, model, step=1, extras={"rng": np.zeros(2)})

@@ -328,7 +328,8 @@ class _View:
         if program.scores:
             self.raw = self.masked(self.raw, HARMLESS)
             self.tile = visit.tile.counting(self.visible if differentiated else None)
-        modified = program.modify(self.raw, self.tile, self.leaves)
+        # As the forward computes them, to the last bit: a row's weights must add up to the total that it gave.
+        modified = program.modify(self.raw, self.tile if visit.derived else visit.tile, self.leaves)
         if differentiated and program.hides(visit.accumulate):
             modified = self._finite(modified)
         modified = settled(modified) if program.scores else modified
