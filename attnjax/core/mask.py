@@ -109,8 +109,8 @@ def as_mask(mask: Any) -> Mask:
     raise TypeError(f"mask must be an attnjax Mask or a boolean array, got {type(mask).__name__}.{hint}")
 
 
-class And(Mask):
-    """Both masks allow it; written `a & b`."""
+class _Two(Mask):
+    """A mask made of two."""
 
     reads: ClassVar = ""
     left: Mask
@@ -118,6 +118,10 @@ class And(Mask):
 
     def __post_init__(self) -> None:
         _check_depth(self)
+
+
+class And(_Two):
+    """Both masks allow it; written `a & b`."""
 
     def reach(self) -> tuple[int | None, int | None]:
         sides = zip(self.left.reach(), self.right.reach(), strict=True)
@@ -134,15 +138,8 @@ class And(Mask):
         return f"({self.left!r} & {self.right!r})"
 
 
-class Or(Mask):
+class Or(_Two):
     """One of two masks allows it; written `a | b`."""
-
-    reads: ClassVar = ""
-    left: Mask
-    right: Mask
-
-    def __post_init__(self) -> None:
-        _check_depth(self)
 
     def reach(self) -> tuple[int | None, int | None]:
         sides = zip(self.left.reach(), self.right.reach(), strict=True)
