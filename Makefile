@@ -40,7 +40,7 @@ bench: $(STAMP)bench $(if $(PEERS),$(STAMP)peers)  ## compare attention on this 
 	$(BIN)/attnjax bench $(ARGS)
 
 test: $(STAMP)dev  ## run the tests and the examples in the docstrings
-	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules tests attnjax $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --doctest-modules tests attnjax $(ARGS)
 
 fuzz: $(STAMP)dev  ## run random programs and compare with a formula in NumPy
 	cd tests && $(abspath $(BIN))/python -m fuzz --minutes $(MINUTES) --seed $(SEED) $(ARGS)

@@ -16,6 +16,7 @@ PACKAGE = Path(attnjax.__file__).parent
 # Each file imports only from steps before its own. Files of one step do not import each other, but for bench.
 STEPS = [
     {
+        "core.context",
         "core.devices",
         "core.fingerprint",
         "core.dropout",

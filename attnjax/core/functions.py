@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import pickle
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnjax.core.mesh_types import without_mesh
+from attnjax.core.context import neutral
 from attnjax.core.operations import Captured, Operations, Visible
 
 Array = jax.Array
@@ -130,7 +129,9 @@ def _jaxpr(function: Callable, dtype: str, name: str) -> Any:
     first = () if dtype == "mask" else (jax.ShapeDtypeStruct((), dtype),)
     # Another object each time: JAX remembers what a function gave, and what it captured may have changed since.
     anew = functools.partial(function)
-    with _own_context():
+    # Inside jax.shard_map what is captured varies over axes of its mesh, and means nothing without them.
+    manual = jax.sharding.AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    with neutral(keep_mesh=manual):
         try:
             closed, shape = jax.make_jaxpr(anew, return_shape=True)(*first, index, index, index, index)
         except jax.errors.TracerArrayConversionError as error:
@@ -148,19 +149,6 @@ def _jaxpr(function: Callable, dtype: str, name: str) -> Any:
             raise
     _check_result(shape, dtype != "mask", name)
     return closed
-
-
-@contextlib.contextmanager
-def _own_context() -> Iterator[None]:
-    """What a program is must not depend on settings that happen to be made where it is traced."""
-    manual = jax.sharding.AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-    # Inside jax.shard_map what is captured varies over axes of its mesh, and means nothing without them.
-    with (
-        contextlib.nullcontext() if manual else without_mesh(),
-        jax.default_matmul_precision(None),
-        jax.disable_jit(False),
-    ):
-        yield
 
 
 def _canonical(array: Any) -> Any:

@@ -6,17 +6,15 @@ over which of them it varies. On Auto axes types say nothing, and XLA decides (`
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax import lax
 from jax.core import ShapedArray
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 Array = jax.Array
 Names = tuple[str, ...]
@@ -29,24 +27,6 @@ class Operand:
     axes: str
     shape: tuple[int, ...]
     dtype: Any
-
-
-def without_mesh() -> contextlib.AbstractContextManager:
-    """No mesh is set: kernels are traced for one device's share, where the axes of a mesh mean nothing.
-
-    Which device that is stays known.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
-
-
-def in_64_bits(avals: Sequence[Any] = ()) -> bool:
-    """Whether numbers of 64 bits are asked for (jax_enable_x64), here or where these types were made.
-
-    XLA asks for a share of a program on a thread of its own, which does not know of `with jax.enable_x64(True)`.
-    """
-    wide = (np.int64, np.uint64, np.float64)
-    return jax.dtypes.canonicalize_dtype(np.float64) == np.float64 or any(a.dtype in wide for a in avals)
 
 
 def vary_together(arrays: Sequence[Array]) -> list[Array]:
@@ -130,12 +110,20 @@ def division(names: Callable[..., Sequence[Names]], *arrays: Array) -> NamedShar
 def with_auto_axes(function: Callable[..., Array], names: Callable[..., Sequence[Names]], *arrays: Array) -> Array:
     """function(*arrays) with Auto axes: XLA decides what moves. The result is divided as `names` says (`division`)."""
     place = division(names, *arrays)
-    if place is None:
-        return function(*arrays)
-    mesh = place.mesh
+    return function(*arrays) if place is None else _automatic(function, place)(*arrays)
+
+
+def untyped(function: Callable[..., list[Array]], likes: Sequence[Any]) -> Callable[..., list[Array]]:
+    """The function, with Auto axes inside: its code may reshape what is divided. Results have the types `likes`."""
+    if not any(_is_explicit(aval) for aval in likes):
+        return function
+    return _automatic(function, [aval.sharding for aval in likes])
+
+
+def _automatic(function: Callable, places: Any) -> Any:
+    mesh = jax.tree.leaves(places)[0].mesh
     explicit = tuple(n for n, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
-    automatic: Any = jax.sharding.auto_axes(function, axes=explicit, out_sharding=place)
-    return automatic(*arrays)
+    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=places)
 
 
 def check_positions(axes: Sequence[str], avals: Sequence[Any], n: int, name_of: Any) -> None:

@@ -20,7 +20,8 @@ from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, 
 from jax.extend.core import Primitive
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from attnjax.core.mesh_types import Names, Operand, in_64_bits, without_mesh
+from attnjax.core.context import in_64_bits, own_settings
+from attnjax.core.mesh_types import Names, Operand
 from attnjax.core.program import Problem
 
 Array = jax.Array
@@ -111,7 +112,7 @@ def shared_out(
 
         def lower(*arrays: Array) -> list[Array]:
             sums = (share.summed_over(sizes, r) for r in results)
-            with without_mesh(), jax.enable_x64(wide):  # XLA asks on a thread that knows of neither
+            with own_settings(wide=wide):  # XLA asks on a thread that knows of none
                 needed = [share.picked(x, sizes, a, mesh) for x, a in zip(arrays, arguments, strict=True)]
                 made = [share.put_back(x, sizes, r, mesh) for x, r in zip(own(*needed), results, strict=True)]
                 return [lax.psum(x, names) if names else x for x, names in zip(made, sums, strict=True)]

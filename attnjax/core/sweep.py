@@ -8,7 +8,7 @@ the same tiles, skip the same blocks, save nothing between tiles, and so need me
 from __future__ import annotations
 
 import dataclasses
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -17,7 +17,8 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from attnjax.core.mesh_types import Operand, in_64_bits, placed_as, result_types, without_mesh
+from attnjax.core.context import in_64_bits, own_settings
+from attnjax.core.mesh_types import Operand, placed_as, result_types
 from attnjax.core.program import Problem
 from attnjax.core.sharding import compiled_for_several
 from attnjax.core.walk import Output, Visit, Walk, push, reduce_to
@@ -249,17 +250,6 @@ def lead(operands: list, dims: list) -> tuple[list, int]:
     return moved, size
 
 
-def _by_own_rules(body: Any) -> Any:
-    """The body as it is without what users forbid their own code: arrays of other ranks broadcast in it."""
-
-    @wraps(body)
-    def run(*args: Any, **options: Any) -> Any:
-        with jax.numpy_rank_promotion("allow"):
-            return body(*args, **options)
-
-    return run
-
-
 def register(
     primitive: Primitive,
     abstract: Any,
@@ -272,11 +262,13 @@ def register(
     by XLA) and the parameters. Inside `jax.shard_map` it is told nothing of the devices: kernels know no such types.
     """
     primitive.def_abstract_eval(abstract)
-    body = _by_own_rules(body)
-    here = lambda: {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    run = lambda *args, params: body(*args, platform=here(), exported=False, divided=False, **dict(params))
-    eager = jax.jit(run, static_argnames="params")
-    primitive.def_impl(lambda *args, **params: eager(*args, params=tuple(params.items())))
+    compiled = jax.jit(lambda *args, params: primitive.bind(*args, **dict(params)), static_argnames="params")
+
+    def eager(*args: Array, **params: Any) -> list[Array]:
+        with jax.disable_jit(False):
+            return compiled(*args, params=tuple(params.items()))
+
+    primitive.def_impl(eager)
     batching.primitive_batchers[primitive] = batch
     for platform in (None, *PLATFORMS):
 
@@ -291,7 +283,7 @@ def register(
 
             plain = lambda avals: [ShapedArray(a.shape, a.dtype) for a in avals]
             ctx = ctx.replace(avals_in=plain(ctx.avals_in), avals_out=plain(types))
-            with without_mesh(), jax.enable_x64(in_64_bits([*ctx.avals_in, *types])):
+            with own_settings(wide=in_64_bits([*ctx.avals_in, *types])):
                 return mlir.lower_fun(placed, multiple_results=True)(ctx, *args, **params)
 
         mlir.register_lowering(primitive, lower, platform=platform)

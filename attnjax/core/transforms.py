@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad
 
+from attnjax.core.context import own_settings
 from attnjax.core.dispatch import choose, shares
-from attnjax.core.mesh_types import Operand, check_positions, placed_as, result_types, vary_together
+from attnjax.core.mesh_types import Operand, check_positions, placed_as, result_types, untyped, vary_together
 from attnjax.core.program import Problem
 from attnjax.core.sharding import shared_out, tell_devices
 from attnjax.core.softmax import Rows, finite, log_sum_exp
@@ -134,7 +135,7 @@ def _tangent_jvp(primals: list, tangents: list, *, problem: Problem, moved: tupl
     made = bind(*primals)
     if all(type(t) is ad.Zero for t in tangents[:linear]):
         return made, bind(*primals[:linear], *map(ad.instantiate_zeros, tangents[linear:]))
-    return made, _derivative(partial(_tangent, problem=problem, moved=moved), primals, tangents)
+    return made, _derivative(partial(_tangent, problem=problem, moved=moved), primals, tangents, made)
 
 
 def _tangent_transpose(cotangents: list, *args: Any, problem: Problem, moved: tuple[int, ...]) -> list:
@@ -184,7 +185,7 @@ def _backward_jvp(primals: list, tangents: list, *, problem: Problem, wanted: Wa
     made = bind(*primals)
     if all(type(t) is ad.Zero for t in tangents[:-2]):
         return made, bind(*primals[:-2], *map(ad.instantiate_zeros, tangents[-2:]))
-    return made, _derivative(partial(_backward, problem=problem, wanted=wanted), primals, tangents)
+    return made, _derivative(partial(_backward, problem=problem, wanted=wanted), primals, tangents, made)
 
 
 def _backward_transpose(cotangents: list, *args: Any, problem: Problem, wanted: Wanted) -> list:
@@ -233,17 +234,23 @@ def _whole(args: list, first: int, size: int, count: int) -> list:
     return args
 
 
-def _derivative(body: Any, primals: list, tangents: list) -> list[Array]:
-    """The tangent of a body of tiled code, where it is moved as a whole."""
+def _derivative(body: Any, primals: list, tangents: list, results: list) -> list[Array]:
+    """The tangent of a body of tiled code that has given these results, where it is moved as a whole."""
     moved = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
 
-    def moving(*some: Array) -> list[Array]:
-        args = list(primals)
-        for i, x in zip(moved, some, strict=True):
-            args[i] = x
-        return body(*args, platform="", exported=False, divided=False)
+    def derivative(*some: Array) -> list[Array]:
+        primals, tangents = some[: -len(moved)], some[-len(moved) :]
 
-    return list(push(moving, [primals[i] for i in moved], [tangents[i] for i in moved]))
+        def moving(*values: Array) -> list[Array]:
+            args = list(primals)
+            for i, x in zip(moved, values, strict=True):
+                args[i] = x
+            return body(*args, platform="", exported=False, divided=False)
+
+        with own_settings(keep_mesh=True):
+            return list(push(moving, [primals[i] for i in moved], tangents))
+
+    return untyped(derivative, [jax.typeof(x) for x in results])(*primals, *(tangents[i] for i in moved))
 
 
 def _register() -> None:
