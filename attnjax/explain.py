@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from attnjax.attention import build
 from attnjax.core.dispatch import PARTS, Choice, choose, shares
 from attnjax.core.node import describe, is_array
 from attnjax.core.program import Problem
+from attnjax.core.regions import Regions, regions
+from attnjax.masks import Window
 from attnjax.profiling import attention_bytes, attention_flops
 from attnjax.tuning import PLATFORMS, Blocks
 
@@ -125,7 +128,7 @@ def explain(query: Any, key: Any, value: Any, *, platform: str | None = None, **
     pairs, counts = _pairs(problem, operands, blocks)
     flops = attention_flops(pairs, problem.head_size, problem.value_size)
     temporaries = {
-        part: choice.kernel.temporary_bytes(choice.own(problem), platform)[part]
+        part: choice.kernel.temporary_bytes(choice.own(problem), operands, platform)[part]
         for part, choice in choices.items()
         if part in ("forward", "backward", "tangent")
     }
@@ -151,13 +154,34 @@ def _pairs(problem: Problem, operands: list[Any], blocks: Blocks | None) -> tupl
     leaves = [operands[i] for i in problem.program.map_positions()]
     if blocks is None or any(isinstance(x, (jax.ShapeDtypeStruct, Tracer)) for x in leaves):
         return every * sizes.query_length * sizes.key_length, None
+    pairs, counts = 0, np.zeros(3, np.int64)
+    for some in _regions(problem, operands, blocks) if every and problem.pairs else ():
+        kinds = some.kinds.reshape(-1, len(some.rows))
+        copies = every // len(kinds)
+        rows = _covered(some.rows, some.heights, blocks.block_q, sizes.query_length)
+        columns = _covered(some.columns, some.widths, blocks.block_k, sizes.key_length)
+        pairs += copies * int((rows * columns * (kinds > 0)).sum())
+        counts += [copies * int((some.heights * some.widths * (kinds == kind)).sum()) for kind in range(3)]
+    return pairs, dict(zip(("empty", "partial", "full"), map(int, counts), strict=True))
+
+
+def _regions(problem: Problem, operands: list[Any], blocks: Blocks) -> Iterable[Regions]:
+    """The blocks that are visited or not; from the map of all of them where one is given, or must be looked for."""
+    known = set(problem.program.map_positions())
+    mask = problem.program.mask_of([np.asarray(x) if i in known else x for i, x in enumerate(operands)])
+    scanned = mask is not None and any(getattr(part, "scan", False) for part in mask.nodes())
+    if not scanned and not problem.program.has_map:
+        mask = Window() if mask is None else mask  # which sees all
+        return regions(mask, problem.sizes, blocks.block_q, blocks.block_k)
     kinds = np.asarray(problem.kinds(operands, blocks.block_q, blocks.block_k))
-    rows = np.diff(np.minimum(np.arange(kinds.shape[-2] + 1) * blocks.block_q, sizes.query_length))
-    columns = np.diff(np.minimum(np.arange(kinds.shape[-1] + 1) * blocks.block_k, sizes.key_length))
-    copies = every // max(math.prod(kinds.shape[:-2]), 1)
-    pairs = int(((kinds > 0) * (rows[:, None] * columns)).sum()) * copies
-    names = ("empty", "partial", "full")
-    return pairs, {name: int((kinds == kind).sum()) * copies for kind, name in enumerate(names)}
+    rows, columns = (x.ravel() for x in np.indices(kinds.shape[-2:]))
+    one = np.ones_like(rows)
+    return [Regions(rows, columns, one, one, kinds.reshape(*kinds.shape[:-2], -1))]
+
+
+def _covered(first: np.ndarray, count: np.ndarray, block: int, length: int) -> np.ndarray:
+    """How many positions lie in some blocks in a row."""
+    return np.minimum((first + count) * block, length) - first * block
 
 
 def _bytes(problem: Problem, operands: list[Any]) -> dict[str, int]:

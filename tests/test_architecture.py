@@ -31,7 +31,7 @@ STEPS = [
     {"core.checks"},
     {"core.tiles", "positions"},
     {"core.mask"},
-    {"masks", "scores", "core.program", "core.sides", "core.residual"},
+    {"masks", "scores", "core.program", "core.sides", "core.residual", "core.regions"},
     {"core.blocks", "core.placed", "core.tables", "core.split", "core.sharding"},
     {"tuning"},
     {"core.visits", "core.view"},

@@ -11,6 +11,8 @@ from oracle import Shape
 from problems import FAST_COMPILE, IMPLEMENTATIONS, Case, draw, problem
 
 import attnjax as aj
+from attnjax.core.regions import regions
+from attnjax.core.tiles import Sizes, operand_form
 from attnjax.kernels import xla
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -46,6 +48,25 @@ def assert_conservative(kinds, visible, blocks):
     kinds, true = np.broadcast_arrays(np.asarray(kinds), classified(visible, *blocks))
     assert np.all(true[kinds == EMPTY] == EMPTY), "a block that is called empty is not"
     assert np.all(true[kinds == FULL] == FULL), "a block that is called full is not"
+
+
+@pytest.mark.parametrize("mask", [mask for mask in TABLE if "scan" not in mask.name], ids=repr)
+def test_regions_are_the_map(mask):
+    """Rectangles of blocks of one kind, found without a map: each block is in one of them, of its own kind."""
+    d, shape = draw(case := Case(mask, SCORES[0], SHAPE), "float32").d, case.shape
+    settled = mask.mask(d).settled(shape.T, shape.S)
+    leaves = [np.asarray(operand_form(leaf, axes, 1)) for _, leaf, axes in settled.operands()]
+    sizes = Sizes(shape.batch, 0, shape.T, shape.S, shape.N, shape.K)
+    found = np.full((*shape.batch, shape.N, 19, 18), -1, np.int8)
+    for some in regions(jax.tree.unflatten(jax.tree.structure(settled), leaves), sizes, 2, 3):
+        corners = zip(some.rows, some.columns, some.heights, some.widths, strict=True)
+        for n, (i, j, height, width) in enumerate(corners):
+            part = found[..., i : i + height, j : j + width]
+            assert part.shape[-2:] == (height, width) and (part == -1).all()
+            part[:] = some.kinds[..., n, None, None]
+    want = build(mask.mask(d), shape, (2, 3)).kinds
+    count = want.shape[-2:]
+    np.testing.assert_array_equal(found[..., : count[0], : count[1]], np.broadcast_to(want, (*found.shape[:2], *count)))
 
 
 @pytest.mark.parametrize("blocks", BLOCKS, ids=lambda b: f"{b[0]}x{b[1]}")

@@ -32,6 +32,7 @@ from problems import (
 
 import attnjax as aj
 from attnjax.kernels import cpu
+from attnjax.scores import Scale
 
 pytestmark = pytest.mark.compiled
 
@@ -203,15 +204,18 @@ predicates = MaskCase(
     lambda d: (
         aj.Where(lambda b, h, q, k: (q * (h + 2) + k * d["a"][k]) % 5 < 2 + b)
         & ~aj.Where(lambda b, h, q, k: (q + k) % 4 == 0)
+        & aj.Window(None, 130)  # some blocks are not packed
     ),
-    lambda i, d: ((i.q * (i.h + 2) + i.k * d["a"][i.k]) % 5 < 2 + i.b) & ((i.q + i.k) % 4 != 0),
+    lambda i, d: ((i.q * (i.h + 2) + i.k * d["a"][i.k]) % 5 < 2 + i.b) & ((i.q + i.k) % 4 != 0) & (i.k <= i.q + 130),
     lambda rng, shape: {"a": rng.integers(0, 3, shape.S).astype(np.int32)},
 )
 capped = ScoreCase(
     "capped",
-    lambda x: (aj.Bias(x["b"]), aj.SoftCap(2.0), aj.RelativeBias(x["a"], max_distance=20)),
-    lambda s, i, x: SCORE["relative"].rule(2 * jnp.tanh((s + i.per(x["b"], "nts")) / 2), i, {"a": x["a"]}),
-    join(normal(b="t1"), normal(a="8n")),
+    lambda x: (aj.Bias(x["b"]), aj.SoftCap(2.0), Scale(x["c"]), aj.RelativeBias(x["a"], max_distance=20)),
+    lambda s, i, x: SCORE["relative"].rule(
+        2 * jnp.tanh((s + i.per(x["b"], "nts")) / 2) * i.per(x["c"], "n"), i, {"a": x["a"]}
+    ),
+    join(normal(b="t1"), normal(c="n"), normal(a="8n")),
 )
 LARGE = {
     "full": (FULL, SCORE["none"]),

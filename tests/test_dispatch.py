@@ -1,6 +1,7 @@
 """Which implementation runs what, on which platform, and what `explain` says about it. The numbers are elsewhere."""
 
 import functools
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,28 @@ def test_explanation_of_the_compiled_kernel():
     counts = aj.BlockMap.build(aj.Causal(), 256, 256, **sizes).counts()
     assert found.block_counts == {kind: 4 * count for kind, count in counts.items()}
     assert all(0 < found.temporary_bytes[part] < 2**26 for part in ("forward", "backward", "tangent"))
+
+
+def test_blocks_of_a_million_positions_are_counted_in_little_memory():
+    """No map of all blocks is made: 240 million of them on CPUs. A function is counted where it is looked at."""
+    x, n = jax.ShapeDtypeStruct((10**6, 1, 64), "float32"), 10**6 // 64
+    odd = aj.Where(lambda b, h, q, k: (q + k) % 2 == 1)
+    config = aj.kernels.xla.Config(block_q=64, block_k=64)
+    edge = {"empty": n * n - 2 * n + 1, "partial": 2 * n - 1, "full": 0}
+    counted = [
+        (aj.Causal(), {"empty": n * (n - 1) // 2, "partial": n, "full": n * (n - 1) // 2}),
+        (aj.Window(63, 0), edge),
+        (aj.Window(63, 0) & odd, edge),
+        (odd, {"empty": 0, "partial": n * n, "full": 0}),
+        (None, {"empty": 0, "partial": 0, "full": n * n}),
+    ]
+    tracemalloc.start()
+    try:
+        for mask, counts in counted:
+            assert aj.explain(x, x, x, mask=mask, config=config, platform="cpu").block_counts == counts
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.compiled

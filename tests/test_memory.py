@@ -105,6 +105,21 @@ def test_gradient_of_the_compiled_kernel_at_16384(name):
     assert temporaries(at_16384(name, "cpu")) <= 2.2 * temporaries(gradient(name, 8192, "cpu"))
 
 
+@pytest.mark.compiled
+def test_a_function_under_a_window_is_packed_where_the_window_leaves_it_open():
+    """Bits of two or three blocks of 64 x 64 for each row of them, however long it is; `explain` counts them."""
+    S, last = 4096, jnp.arange(4096)
+    functions = (aj.Where(lambda b, h, q, k: (q + k) % 3 != 0), aj.Where(lambda b, h, q, k: last[q + k - k] >= h))
+    for function, copies in zip(functions, (1, N), strict=True):
+        mask, blocks, x = function & aj.Window(64, 0), 2 * S // 64 - 1 + S // 64 - 2, floats(1, S, N, H)
+        attend = lambda q, k, v, mask: aj.attention(q, k, v, mask=mask, implementation="cpu")
+        told = aj.explain(x, x, x, mask=mask, platform="cpu").temporary_bytes["forward"]
+        bits = copies * blocks * 64 * 8
+        assert bits <= told - aj.explain(x, x, x, platform="cpu").temporary_bytes["forward"] <= bits + MiB + 20 * S
+        arguments = [x] * 3 + [jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), mask)]
+        assert bits <= temporaries(compiled(attend, arguments)) <= bits + 5 * MiB
+
+
 PEAK = """
 import sys, jax, jax.numpy as jnp, numpy as np, attnjax as aj
 S, threads = int(sys.argv[1]), aj.kernels.cpu.Config(threads=int(sys.argv[2]))

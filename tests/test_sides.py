@@ -12,7 +12,7 @@ from oracle import Shape
 from problems import Case, draw, problem
 
 import attnjax as aj
-from attnjax.core.sides import Combined, Comparison, NotSeparable, Pairs, separate
+from attnjax.core.sides import Combined, Comparison, Function, NotSeparable, Pairs, separate
 from attnjax.core.tiles import Sizes, operand_form
 
 TABLE = [mask for mask in (*MASKS, *VARIANTS) if mask.name not in ("full", "dense_bare")]
@@ -44,6 +44,8 @@ def seen(rule):
         return MEANING[rule.operator](keys[..., None, None, :], queries[..., None, :, None])
     if isinstance(rule, Pairs):
         return np.asarray(rule.array)
+    if isinstance(rule, Function):
+        return np.asarray(rule.pairs((0, rule.sizes.query_length), (0, rule.sizes.key_length)))
     assert isinstance(rule, Combined)
     parts = [seen(part) for part in rule.rules]
     return ~parts[0] if rule.operator == "negate" else functools.reduce(MEANING[rule.operator], parts)

@@ -26,7 +26,7 @@ class NotSeparable(Exception):
 
 
 class Rule:
-    """Which pairs are seen: `Comparison`, `Pairs`, or a combination of them with & | ~."""
+    """Which pairs are seen: `Comparison`, `Pairs`, `Function`, or a combination of them with & | ~."""
 
     def __and__(self, other: Any) -> Rule:
         return Combined("both", (self, as_rule(other)))
@@ -55,14 +55,35 @@ class Comparison(Rule):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pairs(Rule):
-    """A rule that is an array: booleans `[*batch or 1, N or 1, T or 1, S or 1]`.
-
-    Attributes:
-      given: whether it is an operand, which costs no memory, and not made from a function here.
-    """
+    """A rule that is an array: booleans `[*batch or 1, N or 1, T or 1, S or 1]`."""
 
     array: Any
-    given: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Function(Rule):
+    """A rule that is a function of indices.
+
+    Attributes:
+      function: an `IndexFunction`; constants: what it captured, in tile form.
+    """
+
+    function: Any
+    constants: tuple[Any, ...]
+    sizes: Sizes
+
+    def pairs(self, queries: tuple[Any, int], keys: tuple[Any, int]) -> Array:
+        """Evaluates it on a rectangle: booleans `[*batch or 1, N or 1, queries, keys]`.
+
+        Args:
+          queries, keys: the first one and how many. Behind the last one of the problem come copies of it.
+        """
+        sizes, n = self.sizes, len(self.sizes.batch)
+        tile = Tile(sizes, sizes.batch_index(), sizes.batch, (0, sizes.key_heads), queries, keys)
+        tile.q = jnp.minimum(tile.q, sizes.query_length - 1)
+        tile.k = jnp.minimum(tile.k, sizes.key_length - 1)
+        seen = tile.apply(self.function, self.constants)
+        return seen.reshape(*seen.shape[:n], -1, *seen.shape[-2:])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,7 +117,7 @@ class SidedTile:
         if not is_array(array):
             return array
         if axes == "hts":
-            return Pairs(array, given=True)
+            return Pairs(array)
         if axes in ("", "t", "s"):
             side = {"": None, "t": "query", "s": "key"}[axes]
             return Sided(side, array[..., None] if side is None else array, self.sizes)
@@ -114,13 +135,9 @@ class SidedTile:
         return ~seen
 
     def apply(self, function: Any, constants: tuple[Array, ...]) -> Rule:
-        """A function of indices is evaluated on all pairs."""
-        sizes, n = self.sizes, len(self.sizes.batch)
-        spans = (0, sizes.key_heads), (0, sizes.query_length), (0, sizes.key_length)
-        tile = Tile(sizes, sizes.batch_index(), sizes.batch, *spans)
-        parts = [tile_form(c, "." * (c.ndim - n), n, sizes.group) for c in constants]
-        seen = tile.apply(function, tuple(parts))
-        return Pairs(seen.reshape(*seen.shape[:n], -1, *seen.shape[-2:]), given=False)
+        n = len(self.sizes.batch)
+        parts = (tile_form(c, "." * (c.ndim - n), n, self.sizes.group) for c in constants)
+        return Function(function, tuple(parts), self.sizes)
 
 
 class Sided:

@@ -12,6 +12,7 @@ import functools
 import math
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ import numpy as np
 
 from attnjax.core.node import is_array
 from attnjax.core.program import Problem
-from attnjax.core.sides import Combined, Comparison, NotSeparable, Pairs, Rule, separate
+from attnjax.core.regions import regions
+from attnjax.core.sides import Combined, Comparison, Function, NotSeparable, Pairs, Rule, separate
 from attnjax.core.softmax import Rows, row_delta, sink_gradient
 from attnjax.core.tiles import Sizes, Tile, tile_form
 from attnjax.scores import Bias, Scale, Score, SoftCap
@@ -31,11 +33,13 @@ Array = jax.Array
 PARTS = ("forward", "backward")
 _BLOCKS = (64, 64)  # that are visited or not: a panel of queries with 512-bit vectors, half a tile of keys
 _MOST_SIZE = 512  # of heads
-_MOST_BITS = 2**24  # bytes: masks that do not come apart are packed, a bit per pair, while that is small
+_MOST_BITS = 2**24  # bytes: of functions of pairs, packed to bits; more where query, key and value are more
+_PACKED_KEYS = 64  # of a block of bits: see native/call.h
+_PAIRS_AT_ONCE = 2**20  # on which a function is evaluated before they are packed
 # What the kernel has room for, and the codes of its steps: see native/call.h.
 _MOST_STEPS, _MOST_COMPARISONS, _MOST_ARRAYS, _MOST_SCORES, _MOST_DEPTH = 64, 24, 4, 6, 8
 _MASK_STEPS = ("less_equal", "less", "equal", "greater_equal", "greater", "dense", "bits", "both", "either", "negate")
-_SCORE_STEPS = ("soft_cap", "bias", "by_distance")
+_SCORE_STEPS = ("soft_cap", "bias", "by_distance", "scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +96,15 @@ def blocks(problem: Problem, platform: str) -> Blocks:
     return Blocks(block_q, block_k, (1,) * len(problem.sizes.batch), 1)
 
 
-def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
-    """About how much memory each part needs beside its arguments and results: tiles per thread, and rows."""
+def temporary_bytes(problem: Problem, operands: list[Any], platform: str) -> dict[str, int]:
+    """About how much memory each part needs beside its arguments and results: tiles per thread, rows, the mask."""
     size, item = problem.head_size + problem.value_size, problem.accumulate.itemsize
     threads = (problem.config or Config()).threads or os.cpu_count() or 1
     rows = math.prod(problem.out_shapes()[1]) * item
+    mask = _Needs.of(problem, operands).all_bytes if problem.program.mask and problem.pairs else 0
     return {
-        "forward": threads * (2**18 + 256 * size * item),
-        "backward": threads * (2**18 + 1600 * size * item) + 2 * rows,
+        "forward": threads * (2**18 + 256 * size * item) + mask,
+        "backward": threads * (2**18 + 1600 * size * item) + 2 * rows + mask,
     }
 
 
@@ -159,7 +164,7 @@ class _Call:
             self.operands.append(operands[3 + program.sinks].astype(jnp.uint32))
         steps, arrays = [], []
         if program.mask:
-            steps, arrays = _flattened(separate(program.mask_of(operands), sizes))
+            steps, arrays = _flattened(separate(program.mask_of(operands), sizes), problem)
         self.operands += [jnp.asarray(x) for x in arrays]
         given = program.map_of(operands)
         self.operands += [] if given is None else [given]
@@ -178,16 +183,18 @@ class _Call:
         }
 
 
-def _flattened(rule: Rule) -> tuple[list[str], list[Any]]:
+def _flattened(rule: Rule, problem: Problem) -> tuple[list[str], list[Any]]:
     """A rule as steps in postfix order, and the arrays they read."""
     if isinstance(rule, Comparison):
         return [rule.operator], [rule.keys, rule.queries]
     if isinstance(rule, Pairs):
-        return (["dense"], [rule.array]) if rule.given else (["bits"], [_packed(rule.array)])
+        return ["dense"], [rule.array]
+    if isinstance(rule, Function):
+        return ["bits"], _blocks_of(problem).packed(rule)
     assert isinstance(rule, Combined)
     steps, arrays = [], []
     for part in rule.rules:
-        more_steps, more_arrays = _flattened(part)
+        more_steps, more_arrays = _flattened(part, problem)
         steps += more_steps
         arrays += more_arrays
     return [*steps, *[rule.operator] * max(1, len(rule.rules) - 1)], arrays
@@ -200,35 +207,137 @@ def _depth(rule: Rule) -> int:
     return max(n + _depth(part) for n, part in enumerate(rule.rules))
 
 
-def _packed(seen: Array) -> Array:
-    """Booleans [..., S] as bits, the first key lowest: uint8 [..., S / 8]."""
-    short = -seen.shape[-1] % 8
-    seen = jnp.pad(seen, [(0, 0)] * (seen.ndim - 1) + [(0, short)]).reshape(*seen.shape[:-1], -1, 8)
-    places = np.arange(8, dtype=np.uint8).reshape((1,) * (seen.ndim - 1) + (8,))
-    return (seen.astype(jnp.uint8) << places).sum(-1, dtype=jnp.uint8)
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """Blocks of pairs on which functions of the mask are evaluated: those that the rest of it does not decide.
+
+    Attributes:
+      size: queries of a block; rows: how many rows of blocks there are; count: how many blocks.
+      parts: the blocks as rectangles: first row, first column, height and width of each, integers `[4, rectangles]`.
+    """
+
+    size: int
+    rows: int
+    count: int
+    parts: np.ndarray
+
+    def each(self) -> tuple[np.ndarray, np.ndarray]:
+        """The row and the column of every block, int32, in order of rows."""
+        row, column, height, width = self.parts
+        every = height * width
+        number = np.arange(every.sum()) - np.repeat(np.cumsum(every) - every, every)
+        rows = np.repeat(row, every) + number // np.repeat(width, every)
+        columns = np.repeat(column, every) + number % np.repeat(width, every)
+        order = np.lexsort((columns, rows))
+        return rows[order].astype(np.int32), columns[order].astype(np.int32)
+
+    def bytes_of(self, rule: Function) -> int:
+        """What the bits of a function take."""
+        return math.prod(_copies(rule)) * self.count * self.size * (_PACKED_KEYS // 8)
+
+    def packed(self, rule: Function) -> list[Array]:
+        """Bits [*batch or 1, N or 1, block, query, key / 8], the first key lowest; starts of rows; columns."""
+        rows, columns = self.each()
+        copies, n = _copies(rule), len(rule.sizes.batch)
+        places = np.arange(8, dtype=np.uint8).reshape((1,) * (n + 3) + (8,))
+
+        def block(row: Array, column: Array) -> Array:
+            seen = rule.pairs((row * self.size, self.size), (column * _PACKED_KEYS, _PACKED_KEYS))
+            seen = seen.reshape(*seen.shape[:-1], -1, 8)
+            return (seen.astype(jnp.uint8) << places).sum(-1, dtype=jnp.uint8)
+
+        # The barrier keeps XLA from evaluating functions without arrays while it compiles.
+        given = jax.lax.optimization_barrier((jnp.asarray(rows), jnp.asarray(columns)))
+        some = min(self.count, max(1, _PAIRS_AT_ONCE // (math.prod(copies) * self.size * _PACKED_KEYS)))
+
+        def step(i: Any, bits: Array) -> Array:
+            first = jnp.minimum(i * some, self.count - some)
+            part = jax.vmap(block, out_axes=n + 1)(*(jax.lax.dynamic_slice_in_dim(x, first, some) for x in given))
+            return jax.lax.dynamic_update_slice_in_dim(bits, part, first, n + 1)
+
+        bits = jnp.zeros((*copies, self.count, self.size, _PACKED_KEYS // 8), jnp.uint8)
+        bits = jax.lax.fori_loop(0, -(-self.count // max(some, 1)), step, bits)
+        starts = np.searchsorted(rows, np.arange(self.rows + 1)).astype(np.int32)
+        return [bits, *(jnp.asarray(x.reshape((1,) * n + x.shape)) for x in (starts, columns))]
+
+
+def _copies(rule: Function) -> tuple[int, ...]:
+    """[*batch or 1, N or 1]: what a function is evaluated for one by one."""
+    return jax.eval_shape(lambda: rule.pairs((0, 1), (0, 1))).shape[:-2]
+
+
+def _blocks_of(problem: Problem) -> _Blocks:
+    """What must be looked at whatever the arrays of the mask hold."""
+    sizes = problem.sizes
+    lengths = Sizes((), 0, sizes.query_length, sizes.key_length, 1, 1)
+    return _undecided(problem.program.mask[0], lengths, min(_PACKED_KEYS, sizes.query_length))
+
+
+@functools.lru_cache(maxsize=64)
+def _undecided(mask: Any, sizes: Sizes, size: int) -> _Blocks:
+    unknown = [jax.ShapeDtypeStruct((), np.int32)] * mask.num_leaves
+    found, count = [], 0
+    for some in regions(jax.tree.unflatten(mask, unknown), sizes, size, _PACKED_KEYS):
+        partial = some.kinds[0] == 1
+        found.append(np.stack([some.rows, some.columns, some.heights, some.widths])[:, partial])
+        count += int((found[-1][2] * found[-1][3]).sum())
+    return _Blocks(size, -(-sizes.query_length // size), count, np.concatenate(found, axis=1))
+
+
+@dataclasses.dataclass
+class _Needs:
+    """What the kernel must have room for to take a mask.
+
+    Attributes:
+      names: of its steps; depth: how many values it holds at most.
+      bits: bytes of packed functions; all_bytes: of all arrays that are made for it.
+    """
+
+    names: list[str]
+    depth: int
+    bits: int
+    all_bytes: int
+
+    @classmethod
+    def of(cls, problem: Problem, operands: list[Any]) -> _Needs:
+        """Raises `NotSeparable` where the mask does not come apart."""
+        found: list[_Needs] = []
+
+        def look(operands: list[Any]) -> list[Any]:
+            rule = separate(problem.program.mask_of(operands), problem.sizes)
+            rules = list(_leaves(rule))
+            functions = [x for x in rules if isinstance(x, Function)]
+            bits = sum(_blocks_of(problem).bytes_of(x) for x in functions)
+            lists = sum(4 * (_blocks_of(problem).count + _blocks_of(problem).rows + 1) for _ in functions)
+            lists += min(8 * bits, _PAIRS_AT_ONCE)  # booleans before they are packed
+            compared = sum(4 * (x.keys.size + x.queries.size) for x in rules if isinstance(x, Comparison))
+            found.append(cls(_flattened_names(rule), _depth(rule), bits, bits + lists + compared))
+            return []
+
+        jax.eval_shape(look, list(operands))
+        return found[0]
+
+
+def _leaves(rule: Rule) -> Iterator[Rule]:
+    if not isinstance(rule, Combined):
+        yield rule
+        return
+    for part in rule.rules:
+        yield from _leaves(part)
 
 
 def _unsupported_mask(problem: Problem, operands: list[Any]) -> str | None:
-    names: list[str] = []
-    depth: list[int] = []
-
-    def steps(operands: list[Any]) -> list[Any]:
-        rule = separate(problem.program.mask_of(operands), problem.sizes)
-        names.extend(_flattened_names(rule))
-        depth.append(_depth(rule))
-        return _flattened(rule)[1]
-
     try:
-        arrays = jax.eval_shape(steps, list(operands))
+        needs = _Needs.of(problem, operands)
     except NotSeparable as reason:
         return f"cannot take this mask: {reason}"
-    bits = sum(math.prod(a.shape) for a in arrays if a.dtype == np.uint8)
-    if bits > _MOST_BITS:
-        return f"would pack this mask into {bits / 2**20:.0f} MiB, more than {_MOST_BITS // 2**20} MiB"
-    dense = sum(name in ("dense", "bits") for name in names)
-    comparisons = sum(name in _MASK_STEPS[:5] for name in names)
-    too_many = comparisons > _MOST_COMPARISONS or dense > _MOST_ARRAYS or len(names) > _MOST_STEPS
-    if too_many or depth[0] > _MOST_DEPTH:
+    most = max(_MOST_BITS, sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in operands[:3]))
+    if needs.bits > most:
+        return f"would pack this mask into {needs.bits / 2**20:.0f} MiB, more than {most // 2**20} MiB"
+    dense = sum(name in ("dense", "bits") for name in needs.names)
+    comparisons = sum(name in _MASK_STEPS[:5] for name in needs.names)
+    too_many = comparisons > _MOST_COMPARISONS or dense > _MOST_ARRAYS or len(needs.names) > _MOST_STEPS
+    if too_many or needs.depth > _MOST_DEPTH:
         return "cannot take a mask of so many parts"
     return None
 
@@ -236,8 +345,8 @@ def _unsupported_mask(problem: Problem, operands: list[Any]) -> str | None:
 def _flattened_names(rule: Rule) -> list[str]:
     if isinstance(rule, Comparison):
         return [rule.operator]
-    if isinstance(rule, Pairs):
-        return ["dense" if rule.given else "bits"]
+    if isinstance(rule, (Pairs, Function)):
+        return ["dense" if isinstance(rule, Pairs) else "bits"]
     assert isinstance(rule, Combined)
     return [name for part in rule.rules for name in _flattened_names(part)] + [rule.operator]
 
@@ -247,7 +356,7 @@ class _ScoreStep:
     """A score as the kernel takes it.
 
     Attributes:
-      step: one of `_SCORE_STEPS`; array: what is added, or the caps [*batch or 1, N or 1].
+      step: one of `_SCORE_STEPS`; array: what is added, or caps and factors [*batch or 1, N or 1].
       position: of the score's first operand; node: the score, its leaves in operand form.
     """
 
@@ -256,6 +365,11 @@ class _ScoreStep:
     node: Score
     position: int
     array: Any
+
+    @property
+    def by_head(self) -> bool:
+        """Whether its array has one number for each batch entry and head."""
+        return self.step in ("soft_cap", "scale")
 
     def _positions(self) -> range:
         return range(self.position, self.position + len(jax.tree.leaves(self.node)))
@@ -268,7 +382,7 @@ class _ScoreStep:
         sizes = self.problem.sizes
         if self.step == "by_distance":
             return (*sizes.batch, sizes.heads, _distances(sizes))
-        if self.step == "soft_cap":
+        if self.by_head:
             return (*sizes.batch, sizes.heads, sizes.query_length)
         queries, keys = self._axes()
         if queries and keys:
@@ -282,8 +396,9 @@ class _ScoreStep:
 
     def pulled(self, gradient: Array, shapes: dict[int, tuple[int, ...]]) -> dict[int, Array]:
         """Gradients of the score's operands from what the kernel gave."""
-        if self.step == "soft_cap":
-            return {self.position: _summed(gradient.sum((-2, -1)), shapes[self.position])}
+        if self.by_head:
+            gradient = gradient.sum(-1) if self.step == "scale" else gradient.sum((-2, -1))
+            return {self.position: _summed(gradient, shapes[self.position])}
         if self.step == "bias":
             queries, keys = self._axes()
             if not (queries and keys):
@@ -325,6 +440,8 @@ def _step(problem: Problem, position: int, node: Score) -> _ScoreStep:
     if isinstance(node, SoftCap):
         cap = node.cap if is_array(node.cap) else np.full((1,) * len(problem.sizes.batch), node.cap)
         return _ScoreStep(problem, "soft_cap", node, position, cap.astype(problem.accumulate)[..., None])
+    if isinstance(node, Scale):
+        return _ScoreStep(problem, "scale", node, position, node.factor.astype(problem.accumulate))
     if isinstance(node, Bias):
         return _ScoreStep(problem, "bias", node, position, node.array)
     return _ScoreStep(problem, "by_distance", node, position, _by_distance(problem, node))
@@ -333,7 +450,7 @@ def _step(problem: Problem, position: int, node: Score) -> _ScoreStep:
 def _unsupported_scores(problem: Problem, operands: list[Any]) -> str | None:
     _, nodes = _scaled(_nodes(problem, operands))
     for _, node in nodes:
-        if not isinstance(node, (SoftCap, Bias)) and not node.by_distance:
+        if not isinstance(node, (SoftCap, Bias, Scale)) and not node.by_distance:
             return f"cannot run {type(node).__name__}, a function of JAX, inside its loops"
     return f"takes {_MOST_SCORES} scores at most" if len(nodes) > _MOST_SCORES else None
 

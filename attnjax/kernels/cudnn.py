@@ -97,7 +97,7 @@ def blocks(problem: Problem, platform: str) -> None:
     return None
 
 
-def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
+def temporary_bytes(problem: Problem, operands: list[Any], platform: str) -> dict[str, int]:
     """About how much memory each part needs beside its arguments and results: rows, and the query's gradient.
 
     Lengths need a copy of the arguments as well.

@@ -170,7 +170,7 @@ def blocks(problem: Problem, platform: str) -> Blocks:
     return Blocks(*(problem.blocks or own), (1,) * len(problem.sizes.batch), 1)
 
 
-def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
+def temporary_bytes(problem: Problem, operands: list[Any], platform: str) -> dict[str, int]:
     """About how much memory each part needs beside its arguments and results: rows, and what has to be padded."""
     rows, copies = 2 * 4 * math.prod(problem.out_shapes()[1]), padded_bytes(problem)
     return {"forward": rows + copies, "backward": rows + 2 * copies}

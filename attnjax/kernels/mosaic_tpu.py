@@ -122,7 +122,7 @@ def settings(problem: Problem, platform: str) -> dict[str, list[str]]:
     return lines
 
 
-def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
+def temporary_bytes(problem: Problem, operands: list[Any], platform: str) -> dict[str, int]:
     """About how much memory each part needs beside its arguments and results: heads first, and rows."""
     sizes, item = problem.sizes, np.dtype(problem.dtype).itemsize
     batch = math.prod(sizes.batch)

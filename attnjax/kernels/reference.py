@@ -29,7 +29,7 @@ def blocks(problem: Problem, platform: str) -> None:
     """There are none: the whole T x S matrix at once."""
 
 
-def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
+def temporary_bytes(problem: Problem, operands: list[Any], platform: str) -> dict[str, int]:
     """About how much memory each part needs beside its arguments and results: a few T x S matrices."""
     sizes = problem.sizes
     matrix = math.prod(sizes.batch) * sizes.heads * sizes.query_length * sizes.key_length * problem.accumulate.itemsize

@@ -138,7 +138,7 @@ def blocks(problem: Problem, platform: str) -> Blocks:
     return Blocks(*(problem.blocks or (tiling.block_q, tiling.block_k)), (1,) * len(problem.sizes.batch), 1)
 
 
-def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
+def temporary_bytes(problem: Problem, operands: list[Any], platform: str) -> dict[str, int]:
     """About how much memory each part needs beside its arguments and results."""
     rows = math.prod(problem.out_shapes()[1]) * problem.accumulate.itemsize
     gpu = compiled_for()

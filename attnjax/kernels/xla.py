@@ -67,7 +67,7 @@ def blocks(problem: Problem, platform: str) -> Blocks:
     return choose_blocks(problem, platform)
 
 
-def temporary_bytes(problem: Problem, platform: str) -> dict[str, int]:
+def temporary_bytes(problem: Problem, operands: list[Any], platform: str) -> dict[str, int]:
     """About how much memory each part needs beside its arguments and results."""
     sizes, blocks = problem.sizes, choose_blocks(problem, platform)
     lanes = math.prod(blocks.lanes) * blocks.lanes_kv

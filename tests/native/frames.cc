@@ -42,9 +42,9 @@ void compare(const std::string& where, const char* name, Array& found, const Arr
 }
 
 // A mask is written in postfix: comparisons of the indices, c causal, w window, p prefix, l lengths, g the last keys,
-// and s segments; arrays of booleans d [N, T, S] and D [1, T, 1]; of bits b [N, T, S] and B [1, 1, S]; and & | ~.
-// Scores: soft caps c [1] and C [N]; biases b [N, T, S], B [1, T, S], k [N, 1, S], q [1, T, 1], o [1, 1, 1]; by
-// distance d [N], D [1].
+// and s segments; arrays of booleans d [N, T, S] and D [1, T, 1]; of bits b [N, T, S] and B [1, T, S], v [N, T, S] only
+// in blocks that a causal mask visits; and & | ~. Scores: soft caps c [1] and C [N], factors f [1] and F [N]; biases
+// b [N, T, S], B [1, T, S], k [N, 1, S], q [1, T, 1], o [1, 1, 1]; by distance d [N], D [1].
 struct Case {
   const char* name;
   Sizes batch;
@@ -69,8 +69,10 @@ const Case kCases[] = {
     {"booleans", {2, 1}, 37, 83, 4, 2, 12, 9, "dD|p~&", "", false, 0.25},
     {"bits", {1, 2}, 41, 141, 4, 2, 9, 12, "bBg|&", "b"},
     {"bits for all heads", {1, 1}, 35, 300, 2, 1, 8, 8, "Bc|", "Bk"},
+    {"bits of some blocks", {1, 2}, 133, 170, 4, 2, 8, 8, "vc&", "f"},
+    {"bits, few queries", {2, 1}, 2, 130, 2, 2, 8, 8, "bvc&|", "F"},
     {"every bias", {2, 2}, 19, 135, 4, 2, 8, 8, "c", "bBkqoc"},
-    {"caps and scales", {2, 1}, 70, 150, 4, 2, 16, 8, "c", "cbCd", true, 0, {64, 128}, 0.25, true},
+    {"caps and scales", {2, 1}, 70, 150, 4, 2, 16, 8, "c", "cFbCdf", true, 0, {64, 128}, 0.25, true},
     {"scales of all heads", {2, 1}, 67, 131, 3, 3, 16, 8, "", "C", false, 0, {}, 0.25, true},
     {"many adders", {5, 2}, 9, 140, 4, 4, 8, 8, "c", "B"},
     {"far apart", {1, 1}, 300, 1400, 2, 1, 8, 8, "gc&", "d"},
@@ -190,7 +192,6 @@ class Problem {
     auto any = [&](const Sizes&) { return random_() % 4 ? 1.0 : 0.0; };
     auto bits = [&](const Sizes&) { return random_() % 256; };
     auto up_to = [&](int64_t most) { return [this, most](const Sizes&) { return double(random_() % (most + 1)); }; };
-    const int64_t bytes = (c_.S + 7) / 8;
     switch (step) {
       case 'c':
         add(0, {c_.S}, integer, index(0)), add(-1, {c_.T}, integer, index(c_.S - c_.T));
@@ -217,11 +218,20 @@ class Problem {
         add(5, {1, c_.T, 1}, boolean, any);
         break;
       case 'b':
-        add(6, {c_.N, c_.T, bytes}, byte, bits);
-        break;
       case 'B':
-        add(6, {1, 1, bytes}, byte, bits);
+      case 'v': {
+        const int64_t rows = std::min<int64_t>(step == 'B' ? 64 : 16, c_.T);
+        std::vector<int64_t> starts = {0}, columns;
+        for (int64_t t = 0; t < c_.T; t += rows, starts.push_back(static_cast<int64_t>(columns.size())))
+          for (int64_t s = 0; s < c_.S; s += 64)
+            if (step != 'v' || s <= t + rows - 1 + c_.S - c_.T) columns.push_back(s / 64);
+        const int64_t blocks = static_cast<int64_t>(columns.size());
+        add(6, {step == 'B' ? 1 : c_.N, blocks, rows, 8}, byte, bits);
+        for (const auto& numbers : {starts, columns})
+          masks_.push_back(make(integer, {1, 1, static_cast<int64_t>(numbers.size())},
+                                [&](const Sizes& i) { return double(numbers[i.back()]); }));
         break;
+      }
       default:
         codes_.push_back(step == '&' ? 7 : step == '|' ? 8 : 9);
     }
@@ -238,7 +248,14 @@ class Problem {
       } else if (code == 5) {
         stack.push_back(masks_[next++]({b0, b1, n, t, s}) != 0);
       } else if (code == 6) {
-        stack.push_back(static_cast<int>(masks_[next++]({b0, b1, n, t, s / 8})) >> (s % 8) & 1);
+        const Array &bits = masks_[next], &starts = masks_[next + 1], &columns = masks_[next + 2];
+        const int64_t rows = bits.sizes[4], row = t / rows;
+        bool on = false;
+        for (int64_t i = int64_t(starts({0, 0, row})); i < int64_t(starts({0, 0, row + 1})); i++)
+          if (int64_t(columns({0, 0, i})) == s / 64)
+            on = static_cast<int>(bits({b0, b1, n, i, t % rows, s % 64 / 8})) >> (s % 8) & 1;
+        stack.push_back(on);
+        next += 3;
       } else if (code == 9) {
         stack.back() = !stack.back();
       } else {
@@ -252,7 +269,7 @@ class Problem {
 
   // The block map, with some blocks marked partial that need not be.
   void add_kinds() {
-    const bool by_head = c_.mask.find_first_of("db") != std::string::npos;
+    const bool by_head = c_.mask.find_first_of("dbv") != std::string::npos;
     const int64_t q = c_.blocks[0], k = c_.blocks[1];
     auto kind = [&](const Sizes& i) {
       bool none = true, all = true;
@@ -319,9 +336,10 @@ class Problem {
       case 'D':
         add(wide_, {1, distances}, {c_.N, distances});
         break;
-      default:
+      default:  // caps and factors
+        const bool cap = step == 'c' || step == 'C', alone = step == 'C' || step == 'F';
         scores_.push_back(
-            make(wide_, batched({step == 'C' ? c_.N : 1}), [&](const Sizes&) { return 3 + number() / 4; }));
+            make(wide_, batched({alone ? c_.N : 1}), [&](const Sizes&) { return (cap ? 3 : 1) + number() / 4; }));
         d_scores_.push_back(wanted(wide_, {c_.N, c_.T}));
     }
   }
@@ -355,6 +373,8 @@ class Problem {
         if (caps(i)) {
           const double cap = scores_[i]({b0, b1, n});
           x = cap * std::tanh(x / cap);
+        } else if (factors(i)) {
+          x *= scores_[i]({b0, b1, n});
         } else {
           x += by_distance(i) ? scores_[i]({b0, b1, n, t - s + c_.S - 1}) : scores_[i]({b0, b1, n, t, s});
         }
@@ -382,6 +402,11 @@ class Problem {
       if (logits[s] == -kInfinity) continue;
       double change = weights[s] * (d_weights[s] - delta);
       for (size_t i = scores_.size(); i-- > 0;) {
+        if (factors(i)) {
+          d_scores_[i][{b0, b1, n, t}] += change * before[i][s];
+          change *= scores_[i]({b0, b1, n});
+          continue;
+        }
         if (!caps(i)) {
           d_score(i, b0, b1, n, t, s) += change;
           continue;
@@ -400,6 +425,7 @@ class Problem {
   }
 
   bool caps(size_t i) const { return c_.scores[i] == 'c' || c_.scores[i] == 'C'; }
+  bool factors(size_t i) const { return c_.scores[i] == 'f' || c_.scores[i] == 'F'; }
   bool by_distance(size_t i) const { return c_.scores[i] == 'd' || c_.scores[i] == 'D'; }
   double& d_score(size_t i, int64_t b0, int64_t b1, int64_t n, int64_t t, int64_t s) {
     if (by_distance(i)) return d_scores_[i][{b0, b1, n, t - s + c_.S - 1}];
@@ -419,7 +445,7 @@ class Problem {
 
   Attributes attributes(const std::string& isa) const {
     std::vector<int64_t> steps;
-    for (size_t i = 0; i < scores_.size(); i++) steps.push_back(caps(i) ? 0 : by_distance(i) ? 2 : 1);
+    for (size_t i = 0; i < scores_.size(); i++) steps.push_back(caps(i) ? 0 : by_distance(i) ? 2 : factors(i) ? 3 : 1);
     return {{"batch", list(c_.batch)}, {"dropout", scalar(c_.dropout)}, {"sinks", scalar(int64_t{c_.sinks})},
             {"mask", list(codes_)},    {"blocks", list(c_.blocks)},     {"scores", list(steps)},
             {"isa", text(isa)},        {"threads", scalar(int64_t{0})}};

@@ -119,10 +119,8 @@ class Backward {
     for (A& one : ones_) one = 1;
     for (int i = 0; i < c.scores; i++) {
       const Score& score = c.score[i];
-      if (score.step == ScoreStep::soft_cap) {
-        slopes_[i].by_logit = arena_.take<A>(kKeys * L);
-        if (score.gradient) slopes_[i].by_cap = arena_.take<A>(kKeys * L);
-      }
+      if (score.step == ScoreStep::soft_cap) slopes_[i].by_logit = arena_.take<A>(kKeys * L);
+      if (score.by_head() && score.gradient) slopes_[i].by_number = arena_.take<A>(kKeys * L);
       if (!score.gradient) continue;
       if (score.step == ScoreStep::by_distance) sums_[i] = arena_.take<A>(group * (c.queries + kSpan));
       if (score.step == ScoreStep::bias && !score.pairs.query && score.pairs.key)
@@ -136,8 +134,7 @@ class Backward {
     const int64_t h = padded(c.head_size), v = padded(c.value_size), group = c.heads / c.key_heads;
     int64_t tiles = 3 * kSpan * (h + v) + L * (5 * h + 4 * v) + (kKeys + kSpan) * h + kKeys * L * (7 + c.denses);
     int64_t sums = 0;
-    for (int i = 0; i < c.scores; i++)
-      sums += c.score[i].step == ScoreStep::soft_cap ? 2 * kKeys * L : group * (c.queries + 2 * kSpan);
+    for (int i = 0; i < c.scores; i++) sums += c.score[i].by_head() ? 2 * kKeys * L : group * (c.queries + 2 * kSpan);
     return (tiles + sums) * static_cast<int64_t>(sizeof(A)) + 8192;
   }
 
@@ -322,7 +319,7 @@ class Backward {
     });
     if (raw_) {
       std::memcpy(raw_ + low * L, weights_ + low * L, (high - low) * L * sizeof(A));
-      scale(weights_, low, high);
+      multiply(weights_, panel_.scale, low, high);
     }
     if (c_.scores) modify<A>(c_, panel_, key, low, high, weights_, slopes_, buffer_);
     const V lowest = splat<A>(-static_cast<A>(__builtin_inf()));
@@ -369,7 +366,7 @@ class Backward {
     if (raw_) add_by_row(kMaxScores, raw_, low, high);
     if (c_.d_query) add_to_query(from, low, high, clean);
     if (!c_.d_key) return;
-    if (scales_differ()) scale(change_, low, high);
+    if (scales_differ()) multiply(change_, panel_.scale, low, high);
     add_by_key(key_part_, change_, query_rows_, wide_h_, from, low, high, masked, clean);
   }
 
@@ -383,10 +380,10 @@ class Backward {
     return keys_finite_ && rows_finite_;
   }
 
-  // Times the scale of each row.
-  void scale(A* logits, int low, int high) {
+  // Times a number of each row.
+  void multiply(A* logits, const A* factors, int low, int high) {
     for (int v = 0; v < panel_.vectors; v++) {
-      const V factor = load(panel_.scale + v * W);
+      const V factor = load(factors + v * W);
       for (int j = low; j < high; j++) store(logits + j * L + v * W, load(logits + j * L + v * W) * factor);
     }
   }
@@ -463,8 +460,14 @@ class Backward {
   void unmodify(int i, int64_t key, int from, int low, int high) {
     const Score& score = c_.score[i];
     const int vectors = panel_.vectors;
+    if (score.by_head() && score.gradient) add_by_row(i, slopes_[i].by_number, low, high);
+    if (score.step == ScoreStep::scale) {
+      alignas(64) A factors[L];
+      panel_.by_head(score.pairs, factors);
+      multiply(change_, factors, low, high);
+      return;
+    }
     if (score.step == ScoreStep::soft_cap) {
-      if (score.gradient) add_by_row(i, slopes_[i].by_cap, low, high);
       for (int j = low; j < high; j++)
         for (int v = 0; v < vectors; v++) {
           A* at = change_ + j * L + v * W;
@@ -531,9 +534,9 @@ class Backward {
     __atomic_store_n(&ticket.turn, next(kinds_, c_, panel_, number + 1), __ATOMIC_RELEASE);
   }
 
-  // Whether a score's gradient is summed by query: of caps, and of biases without an axis of keys.
+  // Whether a score's gradient is summed by query: of caps and factors, and of biases without an axis of keys.
   static bool by_row(const Score& score) {
-    return score.step == ScoreStep::soft_cap || (score.step == ScoreStep::bias && !score.pairs.key);
+    return score.by_head() || (score.step == ScoreStep::bias && !score.pairs.key);
   }
 
   // Adds what is summed by key (its own rows) and by distance (in turn).

@@ -27,11 +27,11 @@ struct Array {
 };
 
 // Steps of the mask's program, in postfix order. A comparison reads the next two arrays, int32 by key and by query;
-// `dense` and `bits` the next one, bytes or bits by query and key, with an axis of heads.
+// `dense` the next one, bytes by query and key, with an axis of heads; `bits` the next three, see `Packed`.
 enum class MaskStep : int64_t { less_equal, less, equal, greater_equal, greater, dense, bits, both, either, negate };
 
 // How one score changes a logit.
-enum class ScoreStep : int64_t { soft_cap, bias, by_distance };
+enum class ScoreStep : int64_t { soft_cap, bias, by_distance, scale };
 
 struct Comparison {
   MaskStep step;
@@ -44,15 +44,42 @@ struct Pairs {
   int64_t head = 0, query = 0, key = 0;  // strides in elements, 0 for an axis of size 1
 };
 
+constexpr int64_t kPackedKeys = 64;
+
+// The blocks of a mask, `rows` queries by kPackedKeys keys, whose pairs were looked at: their bits, the first key
+// lowest, are [lanes or 1, N or 1, block, rows, kPackedKeys / 8]. What the others hold does not matter to the mask's
+// program.
+struct Packed {
+  int64_t rows = 0;                  // 0 where an array is no such
+  const int32_t* starts = nullptr;   // of each row of blocks, the number of its first; and how many there are
+  const int32_t* columns = nullptr;  // of each block, the number of its keys' block; they rise within a row
+
+  // The number of a block, or -1.
+  ATTNJAX_INLINE int64_t find(int64_t row, int64_t column) const {
+    int64_t low = starts[row], high = starts[row + 1];
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (columns[middle] < column)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low < starts[row + 1] && columns[low] == column ? low : -1;
+  }
+};
+
 struct Score {
   ScoreStep step;
-  Pairs pairs;  // what is added; or the caps, by lane and head, in the accumulation type
+  Pairs pairs;  // what is added; or caps and factors, by lane and head, in the accumulation type
   // In the accumulation type, null where not wanted: by query and key where the score has both, at `gradient_pairs`;
-  // else of every lane and head, [lanes, N, S], [lanes, N, T + S - 1] or, of caps as well, [lanes, N, T].
+  // else of every lane and head, [lanes, N, S], [lanes, N, T + S - 1] or, of caps and factors as well, [lanes, N, T].
   void* gradient = nullptr;
   Pairs gradient_pairs;
   int64_t gradient_size = 0;
   int64_t adders = 0;  // how many lanes and heads add to the same gradient by query and key
+
+  // Whether its array has one number for each lane and head.
+  ATTNJAX_INLINE bool by_head() const { return step == ScoreStep::soft_cap || step == ScoreStep::scale; }
 };
 
 constexpr int kMaxSteps = 64, kMaxComparisons = 24, kMaxDense = 4, kMaxScores = 6;
@@ -70,6 +97,7 @@ struct Call {
   MaskStep mask[kMaxSteps];
   Comparison comparison[kMaxComparisons];
   Pairs dense[kMaxDense];
+  Packed packed[kMaxDense];  // what is known of the same arrays, where they are bits
   Score score[kMaxScores];
 
   // The block map, where the caller knows one: 0 empty, 1 partial, 2 full. Else the mask's arrays tell.

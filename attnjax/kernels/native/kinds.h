@@ -236,22 +236,31 @@ class Kinds {
   // Looks at all pairs.
   int dense_kind(int number, const Panel<A>& panel, int64_t key, int64_t end) const {
     const Pairs& pairs = c_.dense[number];
+    if (c_.packed[number].rows) return packed_kind(c_.packed[number], pairs, panel, key, end);
     bool none = true, all = true;
     const char* last = nullptr;
-    int seen = 0;
-    bool bits = false;
-    for (int i = 0; i < c_.steps; i++)
-      if ((c_.mask[i] == MaskStep::dense || c_.mask[i] == MaskStep::bits) && seen++ == number)
-        bits = c_.mask[i] == MaskStep::bits;
-    const int64_t start = bits ? key / 8 : key * pairs.key, count = pairs.key ? end - key : 1;
+    const int64_t start = key * pairs.key, count = pairs.key ? end - key : 1;
     for (int l = 0; l < panel.rows && (none || all); l++) {
       const char* row = pairs.array.at(panel.lane, panel.head[l] * pairs.head + panel.t[l] * pairs.query + start);
       if (row == last) continue;
       last = row;
-      if (bits)
-        look(row, count / 8, 0xff, none, all), look_at_bits(row + count / 8, count % 8, none, all);
-      else
-        look(row, count, 1, none, all);
+      look(row, count, 1, none, all);
+    }
+    return none ? 0 : all ? 2 : 1;
+  }
+
+  // Partial where a row is not packed: nothing is known of it.
+  static int packed_kind(const Packed& packed, const Pairs& pairs, const Panel<A>& panel, int64_t key, int64_t end) {
+    bool none = true, all = true;
+    char* rows[L];
+    for (; key < end; key += kPackedKeys) {
+      const int64_t count = least(kPackedKeys, end - key);
+      panel.rows_of(packed, pairs, key / kPackedKeys, rows);
+      for (int l = 0; l < panel.rows && (none || all); l++) {
+        if (!rows[l]) return 1;
+        if (l && rows[l] == rows[l - 1]) continue;
+        look(rows[l], count / 8, 0xff, none, all), look_at_bits(rows[l] + count / 8, count % 8, none, all);
+      }
     }
     return none ? 0 : all ? 2 : 1;
   }

@@ -285,6 +285,48 @@ class Reader {
   std::deque<std::vector<int64_t>> offsets_;
 };
 
+// The next booleans by query and key.
+void read_dense(Reader& reader, Call& c) {
+  auto buffer = reader.next("mask array");
+  Reader::expect(buffer, "mask array", ffi::DataType::PRED);
+  Dimensions own = reader.tail(buffer, "mask array", 3);
+  Pairs& pairs = c.dense[c.denses];
+  pairs.array = reader.array(buffer, "mask array", {c.heads, c.queries, c.keys}, true, Type::u8);
+  pairs.key = own[2] != 1 || c.keys == 1;
+  pairs.query = own[1] == 1 ? 0 : own[2];
+  pairs.head = own[0] == 1 ? 0 : times(own[1], own[2]);
+}
+
+// Integers that all batch entries share.
+const int32_t* read_list(Reader& reader, const char* name, int64_t count) {
+  auto buffer = reader.next(name);
+  Reader::expect(buffer, name, ffi::DataType::S32);
+  reader.array(buffer, name, {count}, false, Type::f32);
+  if (static_cast<int64_t>(buffer.element_count()) != count) refuse(std::string(name) + " must be without a batch");
+  return static_cast<const int32_t*>(buffer.untyped_data());
+}
+
+// The next bits by query and key, and which blocks they are of.
+void read_bits(Reader& reader, Call& c) {
+  auto buffer = reader.next("mask bits");
+  Reader::expect(buffer, "mask bits", ffi::DataType::U8);
+  const Dimensions own = reader.tail(buffer, "mask bits", 4);
+  const int64_t blocks = own[1], bytes = kPackedKeys / 8;
+  Packed& packed = c.packed[c.denses];
+  Pairs& pairs = c.dense[c.denses];
+  packed.rows = own[2];
+  if (packed.rows < 1 || own[3] != bytes) refuse("mask bits must be blocks of 64 keys, in 8 bytes");
+  if (own[0] != 1 && own[0] != c.heads) refuse("mask bits must be of one head or all");
+  pairs.array = reader.array(buffer, "mask bits", own, false, Type::u8);
+  pairs.head = own[0] == 1 ? 0 : times(blocks, packed.rows * bytes);
+  const int64_t rows = (c.queries + packed.rows - 1) / packed.rows;
+  packed.starts = read_list(reader, "mask rows", rows + 1);
+  packed.columns = read_list(reader, "mask columns", blocks);
+  for (int64_t i = 0; i <= rows; i++)
+    if (packed.starts[i] < (i ? packed.starts[i - 1] : 0) || packed.starts[i] > blocks)
+      refuse("mask rows must rise from 0 to the number of blocks");
+}
+
 void read_mask(Reader& reader, Call& c) {
   int depth = 0;
   for (int64_t code : reader.list<int64_t>("mask")) {
@@ -301,18 +343,11 @@ void read_mask(Reader& reader, Call& c) {
       depth++;
     } else if (step <= MaskStep::bits) {
       if (c.denses == kMaxDense) refuse("the mask has too many arrays");
-      auto buffer = reader.next("mask array");
-      const bool bits = step == MaskStep::bits;
-      Reader::expect(buffer, "mask array", bits ? ffi::DataType::U8 : ffi::DataType::PRED);
-      const int64_t columns = bits ? (c.keys + 7) / 8 : c.keys;
-      Dimensions own = reader.tail(buffer, "mask array", 3);
-      Pairs& pairs = c.dense[c.denses++];
-      if (bits && own[2] != columns) refuse("the mask's bits do not have all keys");
-      pairs.array = reader.array(buffer, "mask array", {c.heads, c.queries, columns}, true, Type::u8);
-      pairs.key = bits || own[2] != 1 || columns == 1;
-      pairs.query = own[1] == 1 ? 0 : own[2];
-      pairs.head = own[0] == 1 ? 0 : times(own[1], own[2]);
-      depth++;
+      if (step == MaskStep::bits)
+        read_bits(reader, c);
+      else
+        read_dense(reader, c);
+      c.denses++, depth++;
     } else if (step != MaskStep::negate) {
       depth--;
     }
@@ -333,12 +368,12 @@ Pairs read_by_head(Reader& reader, const Call& c, const char* name) {
 
 void read_scores(Reader& reader, Call& c) {
   for (int64_t code : reader.list<int64_t>("scores")) {
-    if (c.scores == kMaxScores || code < 0 || code > static_cast<int64_t>(ScoreStep::by_distance))
+    if (c.scores == kMaxScores || code < 0 || code > static_cast<int64_t>(ScoreStep::scale))
       refuse("the scores are wrong");
     Score& score = c.score[c.scores];
     score.step = static_cast<ScoreStep>(code);
-    if (score.step == ScoreStep::soft_cap) {
-      score.pairs = read_by_head(reader, c, "soft cap");
+    if (score.by_head()) {
+      score.pairs = read_by_head(reader, c, score.step == ScoreStep::scale ? "factor" : "soft cap");
     } else {
       auto buffer = reader.next("score array");
       const Type type = Reader::float_type(buffer, "score array");

@@ -7,8 +7,9 @@
 
 namespace attnjax::ATTNJAX_ISA {
 
-constexpr int kKeys = 128;             // of a tile: its weights stay in the first-level cache
-constexpr int kHalf = kKeys / 2;       // partial tiles are looked at in halves
+constexpr int kKeys = 128;        // of a tile: its weights stay in the first-level cache
+constexpr int kHalf = kKeys / 2;  // partial tiles are looked at in halves
+static_assert(kHalf % kPackedKeys == 0);
 constexpr int kGroup = 2 * kTileRows;  // keys whose products skip the queries that see none of them
 constexpr int kMaxDepth = 8;           // of the mask's program
 
@@ -79,6 +80,20 @@ struct Panel {
     for (int l = 0; l < L; l++) to[l] = *reinterpret_cast<const A*>(pairs.array.at(lane, head[l] * pairs.head));
   }
 
+  // The 64 bits of each row in a block of keys, `column`; null where they are not packed.
+  void rows_of(const Packed& packed, const Pairs& pairs, int64_t column, char** to) const {
+    int64_t row = -1, block = -1;
+    for (int l = 0; l < L; l++) {
+      to[l] = nullptr;
+      if (l >= rows) continue;
+      const int64_t own = t[l] / packed.rows, place = t[l] % packed.rows;
+      if (own != row) row = own, block = packed.find(row, column);
+      if (block < 0) continue;
+      const int64_t bytes = kPackedKeys / 8;
+      to[l] = pairs.array.at(lane, head[l] * pairs.head + (block * packed.rows + place) * bytes);
+    }
+  }
+
   void rows_of(const Pairs& pairs, int64_t key, char** to) const {
     for (int l = 0; l < L; l++)
       to[l] = l < rows ? pairs.array.at(lane, head[l] * pairs.head + t[l] * pairs.query + key * pairs.key) : nullptr;
@@ -122,30 +137,40 @@ struct PairsBuffer {
   }
 };
 
+// Bits as 0 and 1, `to[key][lane]`; `key` is a multiple of kPackedKeys.
+template <class A>
+void fetch_bits(const Packed& packed, const Pairs& pairs, const Panel<A>& panel, int64_t key, int count, A* to) {
+  char* rows[kLanes<A>];
+  for (int first = 0; first < count; first += kPackedKeys) {
+    panel.rows_of(packed, pairs, (key + first) / kPackedKeys, rows);
+    const int end = static_cast<int>(least(count, first + kPackedKeys));
+    for (int l = 0; l < panel.vectors * kWidth<A>; l++)
+      for (int j = first; j < end; j++) {
+        const uint8_t byte = rows[l] ? static_cast<uint8_t>(rows[l][(j - first) / 8]) : 0;
+        to[j * kLanes<A> + l] = static_cast<A>(byte >> (j % 8) & 1);
+      }
+  }
+}
+
 template <class A>
 void fetch_dense(const Call& c, const Panel<A>& panel, int64_t key, int count, PairsBuffer<A>& buffer) {
   int n = 0;
   for (int i = 0; i < c.steps; i++) {
     if (c.mask[i] != MaskStep::dense && c.mask[i] != MaskStep::bits) continue;
     const Pairs& pairs = c.dense[n];
+    const Packed& packed = c.packed[n];
     A* to = buffer.dense[n++];
     char* rows[kLanes<A>];
-    if (c.mask[i] == MaskStep::bits) {  // tiles start at multiples of kKeys: at whole bytes
-      Pairs at_byte = pairs;
-      panel.rows_of(at_byte, key / 8, rows);
-      for (int l = 0; l < panel.vectors * kWidth<A>; l++)
-        for (int j = 0; j < count; j++) {
-          uint8_t byte = rows[l] ? static_cast<uint8_t>(rows[l][j / 8]) : 0;
-          to[j * kLanes<A> + l] = static_cast<A>(byte >> (j % 8) & 1);
-        }
+    if (packed.rows) {
+      fetch_bits(packed, pairs, panel, key, count, to);
+      continue;
+    }
+    panel.rows_of(pairs, key, rows);
+    if (pairs.key) {
+      rows_to_lanes<A>(to, rows, Type::u8, count, panel.vectors);
     } else {
-      panel.rows_of(pairs, key, rows);
-      if (pairs.key) {
-        rows_to_lanes<A>(to, rows, Type::u8, count, panel.vectors);
-      } else {
-        for (int l = 0; l < panel.vectors * kWidth<A>; l++)
-          for (int j = 0; j < count; j++) to[j * kLanes<A> + l] = rows[l] && *rows[l] ? A(1) : A(0);
-      }
+      for (int l = 0; l < panel.vectors * kWidth<A>; l++)
+        for (int j = 0; j < count; j++) to[j * kLanes<A> + l] = rows[l] && *rows[l] ? A(1) : A(0);
     }
   }
 }
@@ -240,13 +265,14 @@ void see(const Call& c, const Panel<A>& panel, int64_t key, int count, PairsBuff
   }
 }
 
-// The derivatives of a soft cap, cap * tanh(logit / cap), by the logit and, where it is wanted, by the cap.
+// The derivatives of a score that has a number for each head: of cap * tanh(logit / cap) by the logit and, where it is
+// wanted, by the cap; of factor * logit by the factor.
 template <class A>
 struct Slopes {
-  A *by_logit = nullptr, *by_cap = nullptr;
+  A *by_logit = nullptr, *by_number = nullptr;
 };
 
-// Applies the scores in their order to logits[low..high). Where `slopes` are given, those of soft caps are filled in.
+// Applies the scores in their order to logits[low..high). Where `slopes` are given, they are filled in.
 template <class A>
 void modify(const Call& c, const Panel<A>& panel, int64_t key, int low, int high, A* logits, const Slopes<A>* slopes,
             PairsBuffer<A>& buffer) {
@@ -266,9 +292,19 @@ void modify(const Call& c, const Panel<A>& panel, int64_t key, int low, int high
           if (!slopes) continue;
           V slope = splat<A>(1) - tanh * tanh;
           store(slopes[i].by_logit + at, slope);
-          if (slopes[i].by_cap) store(slopes[i].by_cap + at, slope == V{} ? tanh : tanh - part * slope);
+          if (slopes[i].by_number) store(slopes[i].by_number + at, slope == V{} ? tanh : tanh - part * slope);
         }
       }
+    } else if (score.step == ScoreStep::scale) {
+      alignas(64) A factors[L];
+      panel.by_head(score.pairs, factors);
+      for (int j = low; j < high; j++)
+        for (int v = 0; v < panel.vectors; v++) {
+          const int at = j * L + v * W;
+          const V logit = load(logits + at);
+          if (slopes && slopes[i].by_number) store(slopes[i].by_number + at, logit);
+          store(logits + at, logit * load(factors + v * W));
+        }
     } else if (score.step == ScoreStep::bias) {
       char* rows[L];
       panel.rows_of(score.pairs, key + low, rows);
