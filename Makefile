@@ -31,7 +31,7 @@ CPP := $(wildcard $(NATIVE)/*.h $(NATIVE)/*.cc tests/native/*.h tests/native/*.c
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench test fuzz test-aot test-gpu sanitize lint format typecheck docs clean distclean
+.PHONY: help bench test test-full fuzz test-aot test-gpu sanitize lint format typecheck docs clean distclean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -42,11 +42,14 @@ bench: $(STAMP)bench $(if $(PEERS),$(STAMP)peers)  ## compare attention on this 
 test: $(STAMP)dev  ## run the tests and the examples in the docstrings
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --doctest-modules tests attnjax $(ARGS)
 
+test-full: $(STAMP)dev  ## run every case of every test
+	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules tests attnjax --cases=all $(ARGS)
+
 fuzz: $(STAMP)dev  ## run random programs and compare with a formula in NumPy
 	cd tests && $(abspath $(BIN))/python -m fuzz --minutes $(MINUTES) --seed $(SEED) $(ARGS)
 
 test-aot: $(AOT)/.installed-aot  ## compile for GPUs and TPUs that are not here; 2 GB of wheels
-	$(AOT)/bin/python -m pytest -n $(WORKERS) --dist loadgroup tests/aot $(ARGS)
+	$(AOT)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --cases=all tests/aot $(ARGS)
 
 # Memory as it is needed, because the tests are several processes, and torch wants some too. What is measured counts even
 # where a test fails.
@@ -54,7 +57,7 @@ test-gpu: export JAX_PLATFORMS = cuda,cpu
 test-gpu: export XLA_PYTHON_CLIENT_PREALLOCATE = false
 test-gpu: $(GPU)/.installed-gpu$(if $(PEERS),-peers)  ## run tests and benchmark on the NVIDIA GPU that is here
 	status=0; \
-	$(GPU)/bin/python -m pytest -n $(WORKERS) -m device tests $(ARGS) || status=$$?; \
+	$(GPU)/bin/python -m pytest -n $(WORKERS) -m device --cases=all tests $(ARGS) || status=$$?; \
 	$(GPU)/bin/attnjax bench --case '$(CASES)' --rounds 7 --json benchmarks/results && exit $$status
 
 sanitize: $(STAMP)dev  ## run the C++ under sanitizers: addresses, undefined behaviour, threads

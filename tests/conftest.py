@@ -13,6 +13,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from covering import few
 from problems import IMPLEMENTATIONS, ON_GPU
 
 import attnjax
@@ -46,6 +47,12 @@ def attend(request):
 
 def pytest_addoption(parser):
     parser.addoption(
+        "--cases",
+        default="0",
+        metavar="SEED",
+        help="of tests with several parameters, few cases that this seed chooses, with every value of each; or: all",
+    )
+    parser.addoption(
         "--full-cross",
         action="store_true",
         help="run every mask x score pair in every dtype, directly and under vmap, on every implementation",
@@ -64,7 +71,7 @@ def pytest_addoption(parser):
         "--share",
         default="1/1",
         metavar="I/N",
-        help="of the cases of each test the I-th of N parts; tests that have no cases run in every part",
+        help="the I-th of N parts of the tests and of their cases",
     )
     parser.addoption(
         "--without-compiled-kernel",
@@ -84,24 +91,32 @@ def pytest_configure(config):
         "markers", "compiled: needs the compiled kernel, as does every test of implementation='cpu'"
     )
     config.addinivalue_line(
+        "markers",
+        "crossed(*names, strength=1): these parameters are apart; strength=2: run every pair of values of two of them",
+    )
+    config.addinivalue_line(
         "markers", "device: runs kernels on the device there is; `make test-gpu` runs these on a GPU"
     )
     if cpu.missing() and not ON_GPU and not config.getoption("--without-compiled-kernel"):
         raise pytest.UsageError(f"{cpu.missing()}. To skip its tests: pytest --without-compiled-kernel")
 
 
-def pytest_report_header():
-    """Where the kernels run."""
-    return f"device: {jax.devices()[0].device_kind}"
+def pytest_report_header(config):
+    """Where the kernels run, and which cases."""
+    return f"device: {jax.devices()[0].device_kind}", f"cases: {config.getoption('--cases')}"
 
 
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what is not in the share that is asked for.
+    """Leaves out the cases that are not asked for, and what is not in the share that is.
 
     Skips what needs the compiled kernel where that is asked for, and then by name and not by its absence.
     """
+    seed = config.getoption("--cases")
+    by_name = any("[" in argument for argument in config.args)
+    chosen = set(items) if by_name or seed == "all" else few(items, seed)
     part, parts = map(int, config.getoption("--share").split("/"))
-    own = lambda item: not hasattr(item, "callspec") or zlib.crc32(item.nodeid.encode()) % parts == part - 1
+    own = lambda item: item in chosen and zlib.crc32(item.nodeid.encode()) % parts == part - 1
     config.hook.pytest_deselected(items=[item for item in items if not own(item)])
     items[:] = [item for item in items if own(item)]
     if not config.getoption("--without-compiled-kernel"):

@@ -44,7 +44,7 @@ every_one_of_float32 = pytest.mark.parametrize(
 
 
 def crossed(everything: bool):
-    """(mask, score, dtype, mapped, implementation) of the big cross, or of the shorter one that is run by default.
+    """(mask, score, dtype, mapped, implementation) of the big cross, or of a shorter one.
 
     The shorter one has every pair in float32 under vmap; and every mask without score, and every score with the full
     mask, in every other dtype too: without vmap, and in one of them, a different one for each, under vmap. Of it, the
@@ -60,18 +60,20 @@ def crossed(everything: bool):
                     few = implementation in (*INTERPRETED, "reference") and not everything
                     name = f"{mask.name}-{score.name}-{dtype}-{implementation}"
                     if plain and not few:
-                        yield pytest.param(Case(mask, score), dtype, False, implementation, id=name)
+                        yield pytest.param(mask, score, dtype, False, implementation, id=name)
                     if mapped and (edge or not few):
-                        yield pytest.param(Case(mask, score, MAPPED), dtype, True, implementation, id=f"{name}-vmap")
+                        yield pytest.param(mask, score, dtype, True, implementation, id=f"{name}-vmap")
 
 
 def pytest_generate_tests(metafunc):
     if metafunc.function is test_cross:
         cases = list(crossed(metafunc.config.getoption("--full-cross")))
-        metafunc.parametrize("case, dtype, mapped, implementation", cases)
+        metafunc.parametrize("mask, score, dtype, mapped, implementation", cases)
 
 
-def test_cross(case, dtype, mapped, implementation):
+@pytest.mark.crossed("mask", "score", "dtype", "mapped", "implementation", strength=2)
+def test_cross(mask, score, dtype, mapped, implementation):
+    case = Case(mask, score, MAPPED if mapped else Shape())
     agrees(case, dtype, implementation, mapped=mapped, poisoned=False)
 
 
@@ -166,6 +168,7 @@ SUBSETS = {
 FEW_SUBSETS = ("key_and_value", "different_axes", "sinks", "bias", "query_ids")
 
 
+@pytest.mark.crossed("subset", "implementation")
 @pytest.mark.parametrize(
     "subset, implementation",
     [

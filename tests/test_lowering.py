@@ -1,10 +1,10 @@
 """Programs of every kernel for GPUs and TPUs, made on a CPU by `jax.export`: forward and backward; nothing is compiled.
 
 What a kernel cannot express for its device (an operation, a block shape, a layout, too much shared memory) is an error
-here; what it refuses must be refused with its reason. For each kernel every mask without score and every score without
-mask meets every head size, and the dtypes that it takes go round, so that each of them meets every mask, score and size
-too; the others are refused once for each mask and score. `--full-cross` is all of that in all dtypes. That the programs
-compile is in tests/aot.
+here; what it refuses must be refused with its reason. Among all cases of a kernel every mask without score and every
+score without mask meets every head size, and the dtypes that it takes go round, so that each of them meets every mask,
+score and size too; the others are refused once for each mask and score. `--full-cross` is all of that in all dtypes.
+That the programs compile is in tests/aot.
 """
 
 import contextlib
@@ -96,29 +96,27 @@ KERNELS = {
 
 
 def covered(everything):
-    """(name, case, dtype): see the first lines of this file. The tiled code of each mask and score meets one size."""
+    """(name, family, size, dtype): see the first lines of this file. Of the tiled code each family meets one size."""
     for name, kernel in KERNELS.items():
         taken = [dtype for dtype in DTYPES if dtype not in kernel.refused]
-        for n, (mask, score) in enumerate([*FAMILIES, *((NAMED[mask], SCORES[0]) for mask in kernel.more)]):
+        for n, family in enumerate([*FAMILIES, *((NAMED[mask], SCORES[0]) for mask in kernel.more)]):
             for m, size in enumerate(SIZES):
                 some = [taken[(n + m) % len(taken)]] if name != "xla" or m == n % len(SIZES) else []
                 some += [dtype for dtype in DTYPES if dtype not in taken and m == 0]
                 for dtype in DTYPES if everything else some:
-                    values = size if name == "cudnn" or n % 2 else size // 2
-                    case = Case(mask, score, Shape(batch=(2,), T=300, S=300, H=size, V=values))
-                    yield pytest.param(name, case, dtype, id=f"{name}-{case}-{dtype}-{size}")
+                    yield pytest.param(name, family, size, dtype, id=f"{name}-{Case(*family)}-{dtype}-{size}")
 
 
 def pytest_generate_tests(metafunc):
     if metafunc.function is test_lowering:
-        metafunc.parametrize("name, case, dtype", list(covered(metafunc.config.getoption("--full-cross"))))
+        metafunc.parametrize("name, family, size, dtype", list(covered(metafunc.config.getoption("--full-cross"))))
 
 
 def test_what_is_covered():
     """Every two of mask or score, head size and dtype meet, in each kernel for devices that are not here."""
     found = [param.values for param in covered(False)]
     for name in KERNELS.keys() - {"xla"}:
-        own = [(repr(case), case.shape.H, dtype) for one, case, dtype in found if one == name]
+        own = [(repr(Case(*family)), size, dtype) for one, family, size, dtype in found if one == name]
         taken = [dtype for dtype in DTYPES if dtype not in KERNELS[name].refused]
         families = {family for family, _, _ in own}
         pairs = lambda a, b, own=own: {(one[a], one[b]) for one in own}
@@ -127,8 +125,11 @@ def test_what_is_covered():
         assert pairs(1, 2) >= {(size, dtype) for size in SIZES for dtype in taken}
 
 
-def test_lowering(name, case, dtype):
+@pytest.mark.crossed("name", "family", "size", "dtype", strength=2)
+def test_lowering(name, family, size, dtype):
     kernel = KERNELS[name]
+    values = size if name == "cudnn" or family[1] is not SCORES[0] else size // 2
+    case = Case(*family, Shape(batch=(2,), T=300, S=300, H=size, V=values))
     with precision(dtype):
         inputs = draw(case, dtype)
         reason = kernel.reason(case, dtype)
