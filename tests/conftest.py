@@ -23,8 +23,9 @@ from attnjax.kernels import cpu
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # The same examples on every machine and in every worker, so that a failure can be looked at again.
-hypothesis.settings.register_profile("attnjax", deadline=None, derandomize=True, database=None, print_blob=True)
-hypothesis.settings.load_profile("attnjax")
+_settings = hypothesis.settings(deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.register_profile("few", _settings, max_examples=8)
+hypothesis.settings.register_profile("all", _settings, max_examples=40)
 
 
 collect_ignore = ["sharded.py", "sharded_nn.py"]  # programs, not modules with examples
@@ -87,6 +88,7 @@ def pytest_configure(config):
     code passes `problems.OPTIMISED` to jax.jit, one that measures time runs in a process of its own.
     """
     jax.config.update("jax_disable_most_optimizations", not (ON_GPU or config.getoption("--optimised")))
+    hypothesis.settings.load_profile("all" if config.getoption("--cases") == "all" else "few")
     config.addinivalue_line(
         "markers", "compiled: needs the compiled kernel, as does every test of implementation='cpu'"
     )

@@ -201,20 +201,20 @@ def agrees(case, dtype, implementation, config):
 AS_DRAWN = [Phase.explicit, Phase.generate]
 
 
-@settings(max_examples=20, phases=AS_DRAWN)
+@settings(phases=AS_DRAWN)
 @given(MASK_TREES, SCORE_CHAINS, SHAPES, DTYPES, CONFIGS)
 def test_xla_agrees_with_the_oracle(rule, score, shape, dtype, config):
     agrees(case_of(rule, score, shape), dtype, "xla", config)
 
 
-@settings(max_examples=12, phases=AS_DRAWN)
+@settings(phases=AS_DRAWN)
 @given(MASK_TREES, SCORE_CHAINS, SHAPES, DTYPES)
 def test_reference_agrees_with_the_oracle(rule, score, shape, dtype):
     agrees(case_of(rule, score, shape), dtype, "reference", None)
 
 
 @pytest.mark.compiled
-@settings(max_examples=20, phases=AS_DRAWN)
+@settings(phases=AS_DRAWN)
 @given(MASK_TREES, COMPILED_CHAINS, st.one_of(SHAPES, LARGER), DTYPES, COMPILED)
 def test_the_compiled_kernel_agrees_with_the_oracle(rule, score, shape, dtype, config):
     """Value and gradients, of larger shapes too: its tiles have a fixed size."""
@@ -226,7 +226,6 @@ def test_the_compiled_kernel_agrees_with_the_oracle(rule, score, shape, dtype, c
             check_first_order(want, solve(one.x, one.d, one.cotangents)[0])
 
 
-@settings(max_examples=60)
 @given(MASK_TREES, SHAPES)
 def test_any_mask_shows_itself_as_it_is(rule, shape):
     index = Index(shape)
