@@ -10,10 +10,11 @@ from problems import Case, draw, problem
 
 import attnjax as aj
 from attnjax.attention import build
-from attnjax.core.residual import NotSplittable
+from attnjax.core.residual import ELEMENTWISE, NotSplittable
 from attnjax.core.split import Split, widened
 from attnjax.core.tiles import Tile, tile_form
 from attnjax.core.visits import visits
+from attnjax.kernels import mosaic_tpu, triton
 
 SHAPE = Shape(batch=(2, 3))
 TOGETHER = ("function_distance",)  # reads an array at a distance: what no kernel can do on its tiles
@@ -162,3 +163,59 @@ def test_lists_of_known_masks_are_known():
     assert found.counts.tolist() == [[[[1, 1], [1, 2], [1, 3], [1, 4]]]]
     assert found.blocks[0, 0].tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [2, 0, 1, 1], [3, 0, 1, 2]]
     assert found.longest == 4
+
+
+def primitives(jaxpr):
+    """The names of a program's operations, those of what it calls in place of the calls."""
+    for equation in jaxpr.eqns:
+        inner = [x for x in equation.params.values() if hasattr(x, "jaxpr")]
+        yield from (name for x in inner for name in primitives(x.jaxpr))
+        if not inner:
+            yield equation.primitive.name
+
+
+OF_TWO = set("add sub mul div rem max min pow atan2".split())
+FLOATS = OF_TWO | set(
+    "neg abs sign exp exp2 log log1p expm1 tanh logistic sqrt rsqrt cbrt square sin cos tan sinh cosh asin acos atan "
+    "asinh acosh atanh erf erf_inv floor ceil round".split()
+)
+KERNELS_ON_TILES = {"Triton": (triton, "cuda"), "Mosaic": (mosaic_tpu, "tpu")}
+on_tiles = pytest.mark.parametrize("compiler", KERNELS_ON_TILES)
+
+
+@on_tiles
+def test_what_tiles_may_run_the_compiler_has(compiler):
+    """Every operation that is taken, and those of its derivative, stand in JAX's own table of what it can lower."""
+    if compiler == "Triton":
+        from jax._src.pallas.triton import lowering
+
+        table = lowering.triton_lowering_rules
+    else:
+        from jax._src.pallas.mosaic import lowering
+
+        table = next(rules for kind, rules in lowering.lowering_rules.items() if "tc" in str(kind).lower())
+    known, lacks = {primitive.name for primitive in table}, KERNELS_ON_TILES[compiler][0].LACKS
+    exists = {name for name in ELEMENTWISE if name in ("add_any", "stop_gradient") or hasattr(jax.lax, f"{name}_p")}
+    assert lacks <= exists <= known | lacks
+    for name in sorted(FLOATS - lacks):
+        function, count = getattr(jax.lax, name), 2 if name in OF_TWO else 1
+        made = jax.make_jaxpr(lambda c, *x, f=function: jax.vjp(f, *x)[1](c))(*[1.0] * (count + 1))
+        assert set(primitives(made.jaxpr)) <= known, name
+
+
+@on_tiles
+def test_what_the_compiler_lacks_is_refused_by_name(compiler):
+    """Where query and key meet; of one side alone it is computed outside. Then the tiled code runs."""
+    kernel, platform = KERNELS_ON_TILES[compiler]
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
+    for name in kernel.LACKS:
+        function = getattr(jax.lax, name)
+        own, other = (dict(score=aj.ScoreFn(lambda s, b, h, q, k, f=f: s + f(s / 9))) for f in (function, jnp.tanh))
+        choices = aj.explain(x, x, x, platform=platform, **own).choices
+        assert choices["forward"].name == choices["backward"].name == "xla"
+        reason = choices["forward"].reasons[kernel.__name__.rsplit(".", 1)[1]]
+        assert reason == f"cannot run this mask or score on its tiles: {compiler} has no {name}"
+        alone = aj.Where(lambda b, h, q, k, f=function: f(q / 1000) <= f(k / 1000))
+        for taken in (other, {"mask": alone}):
+            chosen = aj.explain(x, x, x, platform=platform, **taken).choices["forward"].name
+            assert chosen == kernel.__name__.rsplit(".", 1)[1]

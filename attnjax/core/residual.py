@@ -19,13 +19,15 @@ from attnjax.core.tiles import Sizes
 
 Array = jax.Array
 
-# Of these each kernel's own file says which it lacks.
-_ELEMENTWISE = frozenset(
+# Of these each kernel's own file says which its compiler lacks.
+ELEMENTWISE = frozenset(
     "add sub mul div rem max min neg abs sign eq ne lt le gt ge and or not xor select_n convert_element_type exp exp2 "
     "log log1p expm1 tanh logistic sqrt rsqrt cbrt square pow integer_pow sin cos tan sinh cosh asin acos atan asinh "
     "acosh atanh atan2 erf erf_inv floor ceil round is_finite nextafter clamp clz population_count shift_left "
     "shift_right_logical shift_right_arithmetic stop_gradient add_any one_minus_square".split()
 )
+# One compiler or another lacks these: of the query alone, or the key alone, they are computed outside.
+_RARE = frozenset("erf round asin acos atan sinh cosh asinh acosh atanh cbrt expm1".split())
 # Functions with a derivative, or a way to be mapped, of their own: what they compute is in this parameter.
 _CUSTOM = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "custom_vmap_call": "call"}
 _QUERY, _KEY = frozenset("bhq"), frozenset("bhk")
@@ -92,7 +94,7 @@ class Residual:
         heavy |= dict.fromkeys(program.captured, True)
         for step in program.steps:
             work = any(heavy[v] for v in step.inputs if isinstance(v, Name))
-            heavy |= dict.fromkeys(step.outputs, work or step.name not in (*_ELEMENTWISE, *SAME))
+            heavy |= dict.fromkeys(step.outputs, work or step.name not in (*(ELEMENTWISE - _RARE), *SAME))
         one_sided = lambda v: depends[v] <= _QUERY or depends[v] <= _KEY
         met = [v for step in program.steps if not one_sided(step.outputs[0]) for v in step.inputs]
         used = [v for v in dict.fromkeys((*met, program.out)) if isinstance(v, Name)]
@@ -104,7 +106,7 @@ class Residual:
         Raises:
           NotSplittable: it is not elementwise.
         """
-        if step.name in (*_ELEMENTWISE, *SAME):
+        if step.name in (*ELEMENTWISE, *SAME):
             return [step.name]
         if step.name in _CUSTOM and len(step.outputs) == 1:
             inner = _inner(step)

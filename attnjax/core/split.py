@@ -134,6 +134,11 @@ class Split:
         found[0].arrays = jax.eval_shape(split, described)
         return found[0]
 
+    def lacking(self, lacks: frozenset[str], compiler: str) -> str | None:
+        """Why a compiler that lacks these primitives cannot run it, or `None`."""
+        found = ", ".join(sorted(self.primitives & lacks))
+        return f"cannot run this mask or score on its tiles: {compiler} has no {found}" if found else None
+
     @property
     def of_mask(self) -> range:
         """The numbers of the mask's pieces."""

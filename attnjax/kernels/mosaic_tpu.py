@@ -35,6 +35,8 @@ _MOST_SIZE = 256  # of heads
 _MOST_SCALARS = 2**19  # bytes of scalar memory, of about 1 MiB
 _MOST_VECTORS = 2**24  # bytes of vector memory that a kernel may take on any TPU, if it is not told otherwise
 _USUAL = (1024, 1024)  # a tile: see "How the kernel works"
+# Elementwise operations that JAX has no code of Mosaic for, or not for their derivatives in every version (erf).
+LACKS = frozenset("erf asin acos atan sinh cosh asinh acosh atanh cbrt expm1".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ def unsupported(problem: Problem, operands: list[Any], platform: str, part: str)
         split = Split.described(problem, operands)
     except NotSplittable as reason:
         return f"cannot run this mask or score on its tiles: {reason}"
-    return _unsupported_pieces(problem, operands, split, (block_q, block_k))
+    return split.lacking(LACKS, "Mosaic") or _unsupported_pieces(problem, operands, split, (block_q, block_k))
 
 
 def _unsupported_pieces(problem: Problem, operands: list[Any], split: Split, tiles: tuple[int, int]) -> str | None:

@@ -41,6 +41,7 @@ Array = jax.Array
 PARTS = ("forward", "backward")
 _MOST_SIZE = 256  # of heads: more does not fit into the registers of a block
 _MOST_TOGETHER = 128  # the same, of the gradients of key and value in one kernel
+LACKS = frozenset(("erf", "round"))  # elementwise operations that JAX has no Triton for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +119,8 @@ def _unsupported_pieces(problem: Problem, operands: list[Any]) -> str | None:
         pieces = Split.described(problem, operands)
     except NotSplittable as reason:
         return f"cannot run this mask or score on its tiles: {reason}"
+    if reason := pieces.lacking(LACKS, "Triton"):
+        return reason
     bytes_ = (math.prod(x.shape) for x in pieces.arrays if np.dtype(x.dtype).itemsize == 1)
     return "takes masks of at most 2^31 booleans" if max(bytes_, default=0) > 2**31 else None
 
