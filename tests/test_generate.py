@@ -19,20 +19,20 @@ def gpt():
     return build(DECODERS["gpt"])
 
 
+@nnx.jit
+def logits(model, *given, **options):
+    """Logits of the first row."""
+    return model(*given, deterministic=True, **options)[0]
+
+
 def greedy(model, tokens, count, *, source=None, source_lengths=None):
     """What follows one prompt, by forwards of everything so far, padded to one length so that they compile once."""
     tokens = list(map(int, tokens))
-    length = len(tokens) + count
-
-    @nnx.jit
-    def run(model, tokens):
-        given = (tokens,) if source is None else (source, tokens)
-        options = {} if source_lengths is None else {"source_lengths": source_lengths}
-        return model(*given, deterministic=True, **options)[0]
-
+    before = () if source is None else (source,)
+    options = {} if source_lengths is None else {"source_lengths": source_lengths}
     for _ in range(count):
-        logits = run(model, jnp.array([tokens + [0] * (length - len(tokens))]))
-        tokens.append(int(logits[len(tokens) - 1].argmax()))
+        padded = jnp.array([tokens + [0] * (16 - len(tokens))])
+        tokens.append(int(logits(model, *before, padded, **options)[len(tokens) - 1].argmax()))
     return tokens[-count:]
 
 
