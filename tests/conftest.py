@@ -94,7 +94,7 @@ def pytest_configure(config):
     )
     config.addinivalue_line(
         "markers",
-        "crossed(*names, strength=1): these parameters are apart; strength=2: run every pair of values of two of them",
+        "crossed(*names, each=name): these parameters are apart; run each of their values with every value of `each`",
     )
     config.addinivalue_line(
         "markers", "device: runs kernels on the device there is; `make test-gpu` runs these on a GPU"

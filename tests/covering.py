@@ -1,6 +1,5 @@
 """Which of a test's cases are run: few of them, in which every value of each parameter occurs."""
 
-import itertools
 import re
 import zlib
 from collections import defaultdict
@@ -10,13 +9,13 @@ from typing import Any
 import pytest
 
 
-def covering(rows: Sequence[tuple[Any, ...]], strength: int, tie: Callable[[int], Any]) -> list[int]:
-    """Indices of few rows in which everything occurs that occurs in `rows`: each value of each column (strength 1), or
-    each pair of values of two columns (strength 2).
+def covering(
+    rows: Sequence[tuple[Any, ...]], groups: Sequence[tuple[int, ...]], tie: Callable[[int], Any]
+) -> list[int]:
+    """Indices of few rows in which all occurs that occurs in `rows`: of each group of columns, their values together.
 
     Greedy: the row that adds most, and of several the one with the smallest `tie(index)`.
     """
-    groups = list(itertools.combinations(range(len(rows[0])), min(strength, len(rows[0]))))
     holds = [{(group, tuple(row[column] for column in group)) for group in groups} for row in rows]
     order, missing, chosen = sorted(range(len(rows)), key=tie), set().union(*holds), []
     while missing:
@@ -30,6 +29,7 @@ def few(items: list[pytest.Item], seed: str) -> set[pytest.Item]:
     """The tests without parameters, and of the others few cases: see `covering`.
 
     What is given to one `parametrize` is one parameter, unless `pytest.mark.crossed` says that its names are apart.
+    With `crossed(..., each="name")` every value of each parameter occurs together with every value of that one.
     """
     chosen, tests = set(), defaultdict(list)
     for item in items:
@@ -39,12 +39,13 @@ def few(items: list[pytest.Item], seed: str) -> set[pytest.Item]:
             chosen.add(item)
     for cases in tests.values():
         crossed = cases[0].get_closest_marker("crossed")
-        groups = [(name,) for name in crossed.args] if crossed else _parametrized(cases[0])
-        values = lambda item, groups=groups: [[item.callspec.params[name] for name in group] for group in groups]
+        names = [(name,) for name in crossed.args] if crossed else _parametrized(cases[0])
+        values = lambda item, names=names: [[item.callspec.params[name] for name in group] for group in names]
         rows = [_identity(values(item)) for item in cases]
-        strength = crossed.kwargs.get("strength", 1) if crossed else 1
+        each = [names.index((crossed.kwargs["each"],))] if crossed and "each" in crossed.kwargs else []
+        groups = [tuple(sorted({column, *each})) for column in range(len(names))]
         tie = lambda n, cases=cases: zlib.crc32(f"{seed} {cases[n].nodeid}".encode())
-        chosen |= {cases[n] for n in covering(rows, strength, tie)}
+        chosen |= {cases[n] for n in covering(rows, groups, tie)}
     return chosen
 
 

@@ -48,7 +48,8 @@ def crossed(everything: bool):
 
     The shorter one has every pair in float32 under vmap; and every mask without score, and every score with the full
     mask, in every other dtype too: without vmap, and in one of them, a different one for each, under vmap. Of it, the
-    plain formula and interpreted kernels run every mask without score, and every score with the full mask, under vmap.
+    plain formula and interpreted kernels run, under vmap, every mask without score, every score with the full mask, and
+    each mask with one score.
     """
     for m, mask in enumerate(MASKS):
         for n, score in enumerate(SCORES):
@@ -61,7 +62,7 @@ def crossed(everything: bool):
                     name = f"{mask.name}-{score.name}-{dtype}-{implementation}"
                     if plain and not few:
                         yield pytest.param(mask, score, dtype, False, implementation, id=name)
-                    if mapped and (edge or not few):
+                    if mapped and (edge or m == n or not few):
                         yield pytest.param(mask, score, dtype, True, implementation, id=f"{name}-vmap")
 
 
@@ -71,7 +72,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("mask, score, dtype, mapped, implementation", cases)
 
 
-@pytest.mark.crossed("mask", "score", "dtype", "mapped", "implementation", strength=2)
+@pytest.mark.crossed("mask", "score", "dtype", "mapped", "implementation", each="implementation")
 def test_cross(mask, score, dtype, mapped, implementation):
     case = Case(mask, score, MAPPED if mapped else Shape())
     agrees(case, dtype, implementation, mapped=mapped, poisoned=False)

@@ -125,7 +125,7 @@ def test_what_is_covered():
         assert pairs(1, 2) >= {(size, dtype) for size in SIZES for dtype in taken}
 
 
-@pytest.mark.crossed("name", "family", "size", "dtype", strength=2)
+@pytest.mark.crossed("name", "family", "size", "dtype", each="name")
 def test_lowering(name, family, size, dtype):
     kernel = KERNELS[name]
     values = size if name == "cudnn" or family[1] is not SCORES[0] else size // 2
