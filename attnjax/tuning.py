@@ -36,6 +36,7 @@ class Blocks:
 # tile must fill the device, so many heads go together.
 _TARGETS = {"cpu": (512, 512, 2**18), None: (512, 512, 2**24)}
 _UNMASKED = (4, 2)  # times as many rows, and keys
+_FEW_KEYS = 16  # with them all queries are one tile, hardly larger than they: XLA aborts on loops over 2 or 3 keys
 _FEW_ROWS = 2**16  # pairs of a tile with few rows (decoding), which is made wider instead
 
 
@@ -52,7 +53,7 @@ def choose_blocks(problem: Problem, platform: str) -> Blocks:
     if problem.blocks is not None:
         block_q, block_k = problem.blocks
     else:
-        block_q = asked_q or _even(t, max(16, rows // sizes.group))
+        block_q = asked_q or (t if s <= _FEW_KEYS else _even(t, max(16, rows // sizes.group)))
         wide = max(keys, _FEW_ROWS // min(block_q * sizes.group, rows))
         block_k = asked_k or _even(s, wide)
     block_q, block_k = min(block_q, t), min(block_k, s)

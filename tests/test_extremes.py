@@ -171,3 +171,18 @@ def test_a_size_of_0(implementation, empty):
     np.testing.assert_allclose(np.float32(gradients["sinks"]), share, rtol=1e-2)
     assert aj.BlockMap.build(mask, t, s, batch=(b,), heads=N).counts()["empty"] == 0
     assert mask.to_array(t, s, batch=(b,), heads=N).shape == (b, N, t, s)
+
+
+def test_tiny_keys_whose_values_are_a_product():
+    """Two or three keys in a loop over queries, the values of an einsum: XLA ended the process in the gradient."""
+    draw = np.random.default_rng(0).normal
+    arrays = [
+        jnp.asarray(draw(size=s), jnp.float32) for s in ((2, 1200, 2, 5), (2, 3, 2, 5), (2, 2, 3, 3), (2, 3, 2, 5))
+    ]
+
+    def loss(q, k, m, r, name=None):
+        return jnp.sin(aj.attention(q, k, jnp.einsum("bnij,bjnv->binv", m, r), implementation=name)).sum()
+
+    solve = lambda name: jax.jit(jax.value_and_grad(functools.partial(loss, name=name), (0, 1, 2, 3)))(*arrays)
+    for got, want in zip(jax.tree.leaves(solve("xla")), jax.tree.leaves(solve("reference")), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
