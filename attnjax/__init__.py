@@ -6,6 +6,7 @@ from attnjax.attention import causal_attention as causal_attention
 from attnjax.attention import chunked_attention as chunked_attention
 from attnjax.attention import dot_product_attention as dot_product_attention
 from attnjax.attention import full_attention as full_attention
+from attnjax.attention import max_logit as max_logit
 from attnjax.cache import KVCache as KVCache
 from attnjax.core.blocks import BlockMap as BlockMap
 from attnjax.core.softmax import merge as merge

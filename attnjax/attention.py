@@ -18,7 +18,7 @@ from attnjax.core.dropout import head_seeds
 from attnjax.core.node import describe, is_array, narrowed
 from attnjax.core.program import Problem, Program
 from attnjax.core.tiles import Sizes, operand_form
-from attnjax.core.transforms import attend
+from attnjax.core.transforms import attend, highest
 from attnjax.kernels import cpu, mosaic_gpu, mosaic_tpu, triton, xla
 from attnjax.masks import Causal, Lengths, Mask, Window, as_mask
 from attnjax.scores import Bias, Scale, Score, as_scores
@@ -134,11 +134,7 @@ def attention(
     References:
       Dao, "FlashAttention-2", 2023. Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory", 2021.
     """
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if isinstance(x, jax.ShapeDtypeStruct):
-            raise TypeError(
-                f"{name} is a jax.ShapeDtypeStruct, no array: attnjax.explain and jax.eval_shape take such."
-            )
+    _check_no_shapes(query=query, key=key, value=value)
     problem, operands = build(
         query,
         key,
@@ -155,6 +151,14 @@ def attention(
     )
     made = attend(problem, operands)
     return tuple(made) if return_lse else made[0]
+
+
+def _check_no_shapes(**arguments: Any) -> None:
+    for name, x in arguments.items():
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{name} is a jax.ShapeDtypeStruct, no array: attnjax.explain and jax.eval_shape take such."
+            )
 
 
 def build(
@@ -302,6 +306,44 @@ def _check_map(block_map: Any, mask: Any, t: int, s: int, batch: tuple[int, ...]
         raise ValueError(
             f"config asks for other blocks than block_map has ({block_map.block_q} x {block_map.block_k}): give one."
         )
+
+
+def max_logit(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    *,
+    mask: Mask | Array | None = None,
+    score: Score | tuple[Score, ...] | None = None,
+    scale: float | Array | None = None,
+) -> Array:
+    """The largest logit of each query, after the scores, among the keys that it sees; in linear memory.
+
+    QK-clip wants it by head: the maximum over the batch and the queries. Its gradient is 0.
+
+    Args:
+      query, key, mask, score, scale: as in `attention`.
+
+    Returns:
+      `[*B, T, N]` in float32 (float64 for float64), -inf where a query sees no key.
+
+    Raises:
+      TypeError, ValueError: arguments that do not fit.
+
+    Example:
+      >>> import jax
+      >>> from attnjax import Causal, max_logit
+      >>> q, k = jax.random.normal(jax.random.key(0), (2, 3, 16, 4, 8))
+      >>> max_logit(q, k, mask=Causal()).max((0, 1)).shape
+      (4,)
+
+    References:
+      Kimi Team, "Kimi K2: Open Agentic Intelligence", 2025, section 2.1 (QK-clip).
+    """
+    _check_no_shapes(query=query, key=key)
+    key = jnp.asarray(key) if isinstance(key, (list, tuple)) else key
+    value = key[..., :0] if is_array(key) and key.ndim else key  # of size 0: the tiled code, on every device
+    problem, operands = build(query, key, value, mask=mask, score=score, scale=scale, return_lse=False)
+    return highest(problem, operands)
 
 
 def full_attention(query: Array, key: Array, value: Array, **options: Any) -> Any:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import Problem, Shape, expected
-from problems import DTYPES, IMPLEMENTATIONS, precision
+from cases import MASKS, SCORE_VARIANTS, SCORES, VARIANTS
+from oracle import Index, Problem, Shape, expected
+from problems import DTYPES, IMPLEMENTATIONS, Case, draw, precision, problem
 
 import attnjax as aj
 
@@ -179,3 +180,37 @@ def test_rows_that_see_nothing_give_zero_in_the_drop_in(rng):
 def test_the_drop_in_takes_jax_nns_implementations(rng, implementation):
     x = drawn(rng)
     agrees(Problem(SHAPE), x, aj.dot_product_attention(*x.values(), implementation=implementation))
+
+
+LOGITS = [("full", "softcap_static"), ("combined", "alibi"), ("where", "function"), ("lengths_static", "bias_full")]
+
+
+@pytest.mark.parametrize("mask, score", LOGITS, ids=str)
+def test_the_largest_logit_of_each_query(mask, score):
+    """Against the oracle's own formula in float64; -inf where nothing is seen. vmap gives the same, and no gradient."""
+    named = lambda name, table: next(case for case in table if case.name == name)
+    case = Case(named(mask, (*MASKS, *VARIANTS)), named(score, (*SCORES, *SCORE_VARIANTS)), SHAPE)
+    inputs, shape = draw(case, "float32"), case.shape
+    of_case, index = problem(case, inputs.d), Index(case.shape)
+    run = lambda q, k: aj.max_logit(q, k, mask=case.mask.mask(inputs.d), score=case.score.score(inputs.x))
+    got, pull = jax.vjp(run, inputs.x["query"], inputs.x["key"])
+    with jax.enable_x64(True):
+        x = {name: a.astype("float64") for name, a in inputs.x.items()}
+        q = x["query"].reshape(shape.B, shape.T, shape.N, shape.H)
+        k = x["key"].reshape(shape.B, shape.S, shape.K, shape.H).repeat(shape.N // shape.K, axis=2)
+        logits = of_case.score(jnp.einsum("btnh,bsnh->bnts", q, k) * shape.H**-0.5, index, x)
+        want = np.where(of_case.visible, logits, -np.inf).max(-1).swapaxes(1, 2)
+    np.testing.assert_allclose(got, want.reshape(got.shape), rtol=1e-5, atol=1e-5)
+    assert got.dtype == jnp.float32 and not any(jnp.any(x) for x in pull(got))
+
+
+def test_the_largest_logit_in_little_memory():
+    """No T x S matrix; mapped and compiled; what does not fit is refused as by `attention`."""
+    x = jax.ShapeDtypeStruct((2, 4096, 2, 8), jnp.float32)
+    mapped = jax.jit(jax.vmap(lambda q, k: aj.max_logit(q, k, mask=aj.Causal()).max(0))).lower(x, x).compile()
+    assert mapped.memory_analysis().temp_size_in_bytes < 4096 * 4096
+    assert mapped.out_info.shape == (2, 2)
+    with pytest.raises(TypeError, match="key must be an array, got NoneType"):
+        aj.max_logit(jnp.ones((3, 2, 8)), None)
+    with pytest.raises(TypeError, match="query is a jax.ShapeDtypeStruct, no array"):
+        aj.max_logit(x, jnp.ones((3, 2, 8)))

@@ -40,6 +40,13 @@ def attend(problem: Problem, operands: list[Array]) -> list[Array]:
     return [out, log_sum_exp(highest, total)] if problem.returns_lse else [out]
 
 
+@partial(jax.jit, static_argnums=0)
+def highest(problem: Problem, operands: list[Array]) -> Array:
+    """The largest logit of each query [*batch, T, N], -inf where it sees no key; of a problem without values."""
+    _, most, total = attention_p.bind(*vary_together(operands), problem=problem)
+    return jnp.where(total == 0, -jnp.inf, most)
+
+
 attention_p, tangent_p, backward_p = (Primitive(f"attention{x}") for x in ("", "_tangent", "_backward"))
 for _primitive in (attention_p, tangent_p, backward_p):
     _primitive.multiple_results = True
