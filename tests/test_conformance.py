@@ -246,8 +246,8 @@ def agrees(case, dtype, implementation, *, config=..., mapped=False, options=Non
     """Raises unless one compiled program gives the oracle's value, gradients and tangents in the right dtypes."""
     __tracebackhide__ = True
     config = EVERY_IMPLEMENTATION.get(implementation) if config is ... else config
-    if implementation in INTERPRETED and case.score is EVERYTHING:
-        options = OPTIMISED  # compiled fast, interpreted kernels round their sums more often than the budget is for
+    if case.score is EVERYTHING:
+        options = OPTIMISED  # compiled fast, sums and recomputed logits are rounded more often than the budget is for
     with precision(dtype):
         inputs = draw(case, dtype)
         want = expectation(case, dtype, mapped)

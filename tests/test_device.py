@@ -40,7 +40,7 @@ class Device:
 real = jax.local_devices
 jax.local_devices = lambda *args, **options: real(*args, **options) if options else [Device()]
 import pytest
-sys.exit(pytest.main(["-m", "device", "--collect-only", "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+sys.exit(pytest.main(["-m", "device", "--cases=all", "--collect-only", "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
 
 
