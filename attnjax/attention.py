@@ -101,6 +101,9 @@ def attention(
     A query that may see nothing gives 0, with log-sum-exp -inf and gradients 0. What keys that nobody sees hold, even
     NaN, does not matter. Products accumulate in float32 (float64 for float64).
 
+    What derivatives keep has names for policies of `jax.checkpoint`, "attention_out" and "attention_lse": where both
+    are kept, the backward does not run the forward again.
+
     Args:
       query: `[*B, T, N, H]`; any number of batch axes, also none. N is a multiple of K (grouped-query attention).
       key: `[*B, S, K, H]`, value: `[*B, S, K, V]`; float64, float32, bfloat16 or float16, all of one type.

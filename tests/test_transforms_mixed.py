@@ -1,4 +1,4 @@
-"""vmap over any operand, linearize, transpose, checkpoint, scan, jit and JAX's settings, alone and in each other.
+"""vmap over any operand, linearize, transpose, jet, checkpoint, scan, jit and JAX's settings, alone and in each other.
 
 Derivatives of second and third order are in test_transforms, `jax.export` in test_export.
 """
@@ -11,9 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from derivatives import CONFIG, SHAPE, budgeted, derive, drawn, everything, like, little, meaning, total
+from derivatives import (
+    CONFIG,
+    RATE,
+    SHAPE,
+    budgeted,
+    derive,
+    drawn,
+    everything,
+    like,
+    little,
+    meaning,
+    meaning_of_little,
+    total,
+)
+from jax.experimental.jet import jet
 from oracle import dense
-from problems import FAST_COMPILE
+from problems import EVERY_IMPLEMENTATION, FAST_COMPILE
 
 import attnjax as aj
 
@@ -157,6 +171,104 @@ def test_linearize_and_linear_transpose():
 
     got = jit(functools.partial(solve, function))(FLOATS, weights, tangents, more)
     budgeted(want, (FLOATS, weights, tangents, more)).check(got)
+
+
+def by_value(x, d, implementation=None, config=None):
+    """Attention that every kernel takes, as a function of the values alone."""
+    options = dict(mask=aj.Causal(d["offset"]) & aj.Segments(d["a"], d["b"]), score=aj.SoftCap(2.5), sinks=x["sinks"])
+    options |= dict(dropout=aj.Dropout(RATE, d["seed"]), implementation=implementation, config=config)
+    return lambda value: aj.attention(x["query"], x["key"], value, **options)
+
+
+def meaning_by_value(d):
+    return dataclasses.replace(meaning(SHAPE, d), score=lambda s, i, x: 2.5 * jnp.tanh(s / 2.5), scale=None)
+
+
+def pulled(function, cotangent, value):
+    return jax.vjp(function, value)[1](cotangent)[0]
+
+
+@pytest.mark.parametrize("implementation", EVERY_IMPLEMENTATION)
+def test_transpose_in_the_values(implementation):
+    """Attention is linear in value: its transpose needs no linearisation, and is that of the weights."""
+    x = {name: FLOATS[name] for name in ("query", "key", "value", "sinks")}
+    weights = like(jax.eval_shape(by_value(x, INTEGERS), x["value"]), 1)
+
+    def want(x, weights):
+        oracle = lambda value: dense(x | {"value": value}, meaning_by_value(INTEGERS))[0]
+        return pulled(oracle, weights, x["value"])
+
+    def got(x, weights):
+        function = by_value(x, INTEGERS, implementation, EVERY_IMPLEMENTATION[implementation])
+        return jax.linear_transpose(function, x["value"])(weights)[0]
+
+    budgeted(want, (x, weights)).check(jit(got)(x, weights))
+
+
+def test_the_transpose_is_like_any_other_function():
+    """Differentiated by what it is not linear in, mapped, transposed again, with the log-sum-exp left out."""
+    x = {name: FLOATS[name] for name in ("query", "key", "value", "sinks")}
+    weights = like(jax.eval_shape(by_value(x, INTEGERS), x["value"]), 1)
+    transposed = lambda x, weights: jax.linear_transpose(by_value(x, INTEGERS), x["value"])(weights)[0]
+    vjp = lambda x, weights: pulled(by_value(x, INTEGERS), weights, x["value"])
+
+    def made(function):
+        loss = lambda query: jnp.sin(function(x | {"query": query}, weights)).sum()
+        return jax.grad(loss)(x["query"]), jax.vmap(lambda w: function(x, w))(jnp.stack([weights, weights + 1]))
+
+    scaled = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(scaled, *(jit(lambda f=f: made(f))() for f in (transposed, vjp)))
+    again = jax.linear_transpose(functools.partial(transposed, x), weights)(x["value"])[0]
+    scaled(again, by_value(x, INTEGERS)(x["value"]))
+    both = lambda value: aj.attention(x["query"], x["key"], value, return_lse=True)[0]
+    scaled(jax.linear_transpose(both, x["value"])(weights)[0], pulled(both, weights, x["value"]))
+
+
+def test_no_transpose_in_query_or_key():
+    x = FLOATS
+    calls = {
+        "query": lambda query: aj.attention(query, x["key"], x["value"]),
+        "key": lambda key: aj.attention(x["query"], key, x["value"]),
+    }
+    for name, call in calls.items():
+        with pytest.raises(NotImplementedError, match=f"linear in value, and not in {name}.*by {name}: jax.vjp"):
+            jax.linear_transpose(call, x[name])(jax.eval_shape(call, x[name]))
+
+
+def test_taylor_series():
+    """`jax.experimental.jet` gives the coefficients of value and log-sum-exp along a curve, here to t^2."""
+    names, shape = ("query", "key", "value", "cap", "w", "sinks"), dataclasses.replace(SHAPE, batch=(), N=2, K=1)
+    floats, integers = drawn(shape)
+    x = {name: floats[name] for name in names}
+    first, second = like(x, 2), like(x, 3)
+
+    def want(x, first, second):
+        oracle = functools.partial(dense, problem=meaning_of_little(shape, integers))
+        value = lambda t: oracle(jax.tree.map(lambda x, a, b: x + t * (a + t * b), x, first, second))
+        push = lambda f: lambda t: jax.jvp(f, (t,), (jnp.ones_like(t),))[1]
+        zero = jnp.zeros((), x["query"].dtype)
+        return value(zero), push(value)(zero), jax.tree.map(lambda a: a / 2, push(push(value))(zero))
+
+    def got(x, first, second):
+        call = lambda *x: little(dict(zip(names, x, strict=True)), integers)
+        series = [[first[name], second[name]] for name in names]
+        value, terms = jet(call, [x[name] for name in names], series, factorial_scaled=False)
+        return value, *zip(*terms, strict=True)
+
+    budgeted(want, (x, first, second)).check(jit(got)(x, first, second))
+
+
+def test_taylor_series_of_third_order_and_of_a_gradient():
+    x = jax.random.normal(jax.random.key(0), (5, 1, 2))
+    call = lambda x: aj.attention(x, jnp.sin(x), x, mask=aj.Causal())
+    gradient = jax.grad(lambda x: (call(x) ** 2).sum())
+    _, got = jit(lambda x: jet(call, (x,), ([x, x, x],)))(x)
+    line, one = lambda t: call(x + t * x + t**2 / 2 * x + t**3 / 6 * x), jnp.ones(())
+    for term in got:
+        line = functools.partial(lambda line, t: jax.jvp(line, (t,), (one,))[1], line)
+        np.testing.assert_allclose(term, jit(line)(0 * one), rtol=1e-4, atol=1e-5)
+    _, (moved,) = jit(lambda x: jet(gradient, (x,), ([x],)))(x)
+    np.testing.assert_allclose(moved, jit(lambda x: jax.jvp(gradient, (x,), (x,))[1])(x), rtol=1e-4, atol=1e-5)
 
 
 POLICIES = {

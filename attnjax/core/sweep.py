@@ -21,6 +21,7 @@ from attnjax.core.context import in_64_bits, own_settings
 from attnjax.core.mesh_types import Operand, placed_as, result_types
 from attnjax.core.program import Problem
 from attnjax.core.sharding import compiled_for_several
+from attnjax.core.taylor import give_series
 from attnjax.core.walk import Output, Visit, Walk, push, reduce_to
 from attnjax.tuning import PLATFORMS, choose_blocks
 
@@ -256,7 +257,7 @@ def register(
     body: Any,
     batch: Any,
 ) -> None:
-    """Gives a primitive its shapes, its batching and, per platform, its body.
+    """Gives a primitive its shapes, its batching, its Taylor series and, per platform, its body.
 
     The body is a function of the operands, `platform`, `exported` (by `jax.export`), `divided` (over several devices,
     by XLA) and the parameters. Inside `jax.shard_map` it is told nothing of the devices: kernels know no such types.
@@ -270,6 +271,7 @@ def register(
 
     primitive.def_impl(eager)
     batching.primitive_batchers[primitive] = batch
+    give_series(primitive)
     for platform in (None, *PLATFORMS):
 
         def lower(ctx: Any, *args: Any, platform: str | None = platform, **params: Any) -> Any:

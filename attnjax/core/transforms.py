@@ -6,6 +6,8 @@
 
 Each is lowered per platform by the implementation that `core.dispatch` chooses there. Derivatives of the last two
 (second order and up) differentiate the tiled code, whose sweeps have rules of their own (`core.sweep`).
+
+What a derivative keeps of the attention is named, so that policies of `jax.checkpoint` can keep it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 from jax.interpreters import ad
 
@@ -31,6 +34,7 @@ Array = jax.Array
 Shapes = list[tuple[int, ...]]
 Wanted = tuple[tuple[int, tuple[int, ...]], ...]  # positions of operands and the shapes of their gradients
 _ROWS = ("th.", "th", "th")
+_NAMES = ("attention_out", "attention_lse", "attention_lse")  # of rows
 
 
 @partial(jax.jit, static_argnums=0)
@@ -100,7 +104,7 @@ def _attention(*operands: Array, platform: str, exported: bool, divided: bool, p
 
 
 def _attention_jvp(primals: list, tangents: list, *, problem: Problem) -> Any:
-    rows = Rows(*attention_p.bind(*primals, problem=problem))
+    rows = Rows(*map(checkpoint_name, attention_p.bind(*primals, problem=problem), _NAMES))
     zeros = [ad.Zero(jax.typeof(x)) for x in rows]
     moved = tuple(i for i in problem.differentiable if type(tangents[i]) is not ad.Zero)
     if not moved:
@@ -109,6 +113,25 @@ def _attention_jvp(primals: list, tangents: list, *, problem: Problem) -> Any:
     d_out, d_lse = tangent_p.bind(*primals, *rows, *values, problem=problem, moved=moved)
     # Any `highest` gives the same attention, so it may stand still: d lse = d total / total.
     return list(rows), [d_out, zeros[1], rows.total * d_lse]
+
+
+def _attention_transpose(cotangents: list, *operands: Any, problem: Problem) -> list:
+    """The transpose with respect to value, in which out is linear, and what the softmax sums is constant."""
+    unknown = [i for i, x in enumerate(operands) if ad.is_undefined_primal(x)]
+    if unknown != [2]:
+        names = ", ".join(problem.program.name_of(i) for i in unknown if i != 2)
+        raise NotImplementedError(
+            f"jax.linear_transpose: attention is linear in value, and not in {names}. Its gradient by {names}: jax.vjp."
+        )
+    aval, ct_out = operands[2].aval, cotangents[0]
+    if type(ct_out) is ad.Zero:
+        return [ad.Zero(aval) if i == 2 else None for i in range(len(operands))]
+    none = placed_as(jnp.zeros(aval.shape, aval.dtype), aval)  # the softmax does not depend on values
+    known = [none if i == 2 else x for i, x in enumerate(operands)]
+    rows = attention_p.bind(*known, problem=problem)
+    wanted = ((2, tuple(aval.shape)),)
+    made = backward_p.bind(*known, *rows, ct_out, jnp.zeros_like(rows[2]), problem=problem, wanted=wanted)
+    return [placed_as(made[0].astype(aval.dtype), aval) if i == 2 else None for i in range(len(operands))]
 
 
 def _attention_batch(operands: list, dims: list, *, problem: Problem) -> Any:
@@ -265,6 +288,7 @@ def _register() -> None:
     register(tangent_p, _tangent_types, _tangent, _tangent_batch)
     register(backward_p, _backward_types, _backward, _backward_batch)
     ad.primitive_jvps[attention_p] = _attention_jvp
+    ad.primitive_transposes[attention_p] = _attention_transpose
     ad.primitive_jvps[tangent_p] = _tangent_jvp
     ad.primitive_transposes[tangent_p] = _tangent_transpose
     ad.primitive_jvps[backward_p] = _backward_jvp

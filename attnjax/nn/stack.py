@@ -29,7 +29,8 @@ class Stack(nnx.Module):
         `jax.lax.scan`: the program is compiled for one layer, whatever their number. Caches are then copied in every
         call, where a loop writes them in place: long generations are faster without.
       remat: compute each layer anew for its gradient, and keep what goes into it only; or a policy of
-        `jax.checkpoint_policies` that says what else is kept. On CPUs this needs scan; XLA undoes it in a loop.
+        `jax.checkpoint_policies` that says what else is kept, such as attention itself:
+        `save_only_these_names("attention_out", "attention_lse")`. On CPUs this needs scan; XLA undoes it in a loop.
       rngs: `nnx.Rngs`.
 
     Attributes:
