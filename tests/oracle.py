@@ -101,26 +101,22 @@ def dense(x: Arrays, problem: Problem, order: tuple[Any, Any] | None = None, lat
 
     A row that may attend to nothing gives 0 and -inf. Arguments are replaced before `exp` and `log`, not only
     their results after, because the derivative of the branch not taken is computed too, and 0 * inf is NaN.
-    `order` permutes queries and keys on the way, and `late` divides by the softmax's sum after the product with v
-    and not before: the same answer, with other rounding errors. (With `late` the gradient of the sum is that of a
-    row as a whole, as in every formula that does not hold T x S weights.)
+    `order` tells scores which queries and keys the rows are, and `late` divides by the softmax's sum after the product
+    with v and not before: the same answer, with other rounding errors. (With `late` the gradient of the sum is that of
+    a row as a whole, as in every formula that does not hold T x S weights.)
     """
     shape = problem.shape
-    queries, keys = order = order or (np.arange(shape.T), np.arange(shape.S))
     x = {name: a.astype(x["query"].dtype) for name, a in x.items()}
-    q = x["query"].reshape(shape.B, shape.T, shape.N, shape.H)[:, queries]
-    k = x["key"].reshape(shape.B, shape.S, shape.K, shape.H).repeat(shape.N // shape.K, axis=2)[:, keys]
-    v = x["value"].reshape(shape.B, shape.S, shape.K, shape.V).repeat(shape.N // shape.K, axis=2)[:, keys]
-    permute = lambda pairs: None if pairs is None else jnp.asarray(pairs)[:, :, queries][..., keys]
-
-    q, k = (jnp.roll(a, jnp.asarray(queries)[0], -1) for a in (q, k))  # sums over H in another order, too
+    q = x["query"].reshape(shape.B, shape.T, shape.N, shape.H)
+    k = x["key"].reshape(shape.B, shape.S, shape.K, shape.H).repeat(shape.N // shape.K, axis=2)
+    v = x["value"].reshape(shape.B, shape.S, shape.K, shape.V).repeat(shape.N // shape.K, axis=2)
     scale = shape.H**-0.5 if problem.scale is None else problem.scale
     s = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
     if problem.score is not None:
         s = problem.score(s, Index(shape, order), x)
     visible = s > -jnp.inf
     if problem.visible is not None:
-        visible &= permute(problem.visible)
+        visible &= problem.visible
 
     m = jnp.max(jnp.where(visible, s, -jnp.inf), axis=-1)
     sink = x["sinks"][:, None] if "sinks" in x else None
@@ -136,12 +132,11 @@ def dense(x: Arrays, problem: Problem, order: tuple[Any, Any] | None = None, lat
     first, last = jnp.where(late, 1, divisor), jnp.where(late, divisor, 1)
     w = e / first[..., None]
     if problem.kept is not None:
-        w = jnp.where(permute(problem.kept), w / (1 - problem.rate), 0)
+        w = jnp.where(problem.kept, w / (1 - problem.rate), 0)
 
-    back = jnp.argsort(jnp.asarray(queries))
     out = jnp.einsum("bnts,bsnv->btnv", w, v) / last.transpose(0, 2, 1)[..., None]
-    out = out[:, back].reshape(*shape.batch, shape.T, shape.N, shape.V)
-    lse = jnp.where(some, m + jnp.log(divisor), -jnp.inf).transpose(0, 2, 1)[:, back]
+    out = out.reshape(*shape.batch, shape.T, shape.N, shape.V)
+    lse = jnp.where(some, m + jnp.log(divisor), -jnp.inf).transpose(0, 2, 1)
     return out, lse.reshape(*shape.batch, shape.T, shape.N)
 
 
@@ -238,11 +233,20 @@ def evaluate(
     Always on the CPU: a GPU's products of float32 have 11 bits where nobody asks for more, and a budget measured there
     would allow the same to everyone.
     """
-    order = order or (np.arange(problem.shape.T), np.arange(problem.shape.S))
-    program = _program(problem.shape, problem.score, problem.scale, problem.rate)
+    shape = problem.shape
+    queries, keys = order = order or (np.arange(shape.T), np.arange(shape.S))
+    features = int(queries[0]) if len(queries) else 0
+    forth = _Reordering(queries, keys, features)
+    back = _Reordering(np.argsort(queries), np.argsort(keys), -features)
+    pairs = lambda a: None if a is None else np.asarray(a)[:, :, queries][..., keys]
+    x, tangents, cotangents = inputs
+    inputs = forth.operands(x), forth.operands(tangents), forth.results(cotangents)
+    program = _program(shape, problem.score, problem.scale, problem.rate)
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        answer = program(problem.visible, problem.kept, order, late, *_cast(inputs, dtype))
-        return jax.tree.map(lambda a: np.asarray(a).astype(np.float64), answer)
+        answer = program(pairs(problem.visible), pairs(problem.kept), order, late, *_cast(inputs, dtype))
+        answer = jax.tree.map(lambda a: np.asarray(a).astype(np.float64), answer)
+    out, lse, gradients, out_tangent, lse_tangent = answer
+    return Answer(*back.results((out, lse)), back.operands(gradients), *back.results((out_tangent, lse_tangent)))
 
 
 @functools.cache
@@ -255,6 +259,26 @@ def _program(shape: Shape, score: Any, scale: float | None, rate: float) -> Call
         return differentiate(function, x, tangents, cotangents)
 
     return jax.jit(program, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reordering:
+    """Queries and keys in another order, and the features of both rolled, so that every sum has another order, too."""
+
+    queries: np.ndarray
+    keys: np.ndarray
+    features: int
+
+    def operands(self, x: Arrays) -> Arrays:
+        """Query, key and value; what else there is stays as it is."""
+        order = {"query": self.queries, "key": self.keys, "value": self.keys}
+        x = {name: np.asarray(a)[..., order[name], :, :] if name in order else a for name, a in x.items()}
+        return x | {name: np.roll(x[name], self.features, -1) for name in ("query", "key") if name in x}
+
+    def results(self, pair: tuple[Any, Any]) -> tuple[Any, Any]:
+        """(out [*B, T, N, V], lse [*B, T, N])."""
+        out, lse = map(np.asarray, pair)
+        return out[..., self.queries, :, :], lse[..., self.queries, :]
 
 
 def _cast(tree: Any, dtype: str) -> Any:
