@@ -82,7 +82,7 @@ typecheck: $(STAMP)dev  ## check the types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(STAMP)docs  ## build the site; its pages are executed
-	$(BIN)/sphinx-build -W --keep-going docs $(DOCS)
+	$(BIN)/sphinx-build -W --keep-going $(ARGS) docs $(DOCS)
 
 clean:  ## remove what was built, keep the environments
 	rm -rf build dist docs/_build .pytest_cache .ruff_cache .hypothesis .benchmarks .venv*/.installed-*

@@ -42,7 +42,10 @@ myst_heading_anchors = 3
 
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
+# Pages that train take minutes. `-t quick` leaves them as they stand: tests/test_training.py runs them, in fewer steps.
+nb_execution_excludepatterns = ["training/*"] if tags.has("quick") else []  # noqa: F821, Sphinx gives `tags`
 nb_execution_timeout = 900  # seconds; the pages that train take minutes
+nb_render_markdown_format = "myst"  # of outputs: tables, too
 nb_merge_streams = True
 nb_output_stderr = "warn"  # a page that prints a warning is an error, too
 
