@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
 from attnjax.attention import attention
-from attnjax.core.checks import broadcasts, check_count, check_integer
+from attnjax.core.checks import broadcasts, check_count, check_integer, number_of
 from attnjax.core.mesh_types import divided_as, names_of, with_auto_axes
 from attnjax.core.node import describe, is_array
 from attnjax.core.placed import placed
@@ -104,19 +104,16 @@ class KVCache:
           >>> KVCache.create(batch=(2, 3), capacity=16, key_heads=4, head_size=8).key.shape
           (2, 3, 16, 4, 8)
         """
-        axes = (batch,) if isinstance(batch, (int, np.integer)) else tuple(batch)
-        for size in axes:
-            if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 0:
-                raise ValueError(f"KVCache: batch must be an integer of at least 0, or several, got {batch!r}.")
-        batch = tuple(int(size) for size in axes)
-        value_size = head_size if value_size is None else value_size
-        sizes = {"capacity": capacity, "key_heads": key_heads, "head_size": head_size, "value_size": value_size}
-        for name, size in sizes.items():
-            check_count(f"KVCache: {name}", size)
+        sizes = tuple(map(number_of, batch)) if isinstance(batch, (tuple, list)) else (number_of(batch),)
+        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError(f"KVCache: batch must be an integer of at least 0, or several, got {batch!r}.")
+        batch = cast("tuple[int, ...]", sizes)
+        capacity, key_heads = check_count("KVCache: capacity", capacity), check_count("KVCache: key_heads", key_heads)
+        head_size = check_count("KVCache: head_size", head_size)
+        value_size = head_size if value_size is None else check_count("KVCache: value_size", value_size)
         dtype = checked_dtype("KVCache: dtype", dtype)
         if window is not None:
-            if isinstance(window, bool) or not isinstance(window, (int, np.integer)) or window < 0:
-                raise ValueError(f"KVCache: window must be an integer of at least 0 or None, got {window!r}.")
+            window = check_count("KVCache: window", window, least=0)
             if capacity < window + 1:
                 raise ValueError(
                     f"KVCache: capacity must be at least window + 1 = {window + 1}, got {capacity}: a query sees "

@@ -266,6 +266,7 @@ class Segments(Mask):
     """
 
     axes: ClassVar = {"query_ids": "t", "key_ids": "s"}
+    always: ClassVar = ("query_ids", "key_ids")
     reads: ClassVar = ""
     query_ids: Array
     key_ids: Array | None = None
@@ -274,9 +275,6 @@ class Segments(Mask):
         if self.key_ids is None and not is_axis(self.query_ids):
             object.__setattr__(self, "key_ids", self.query_ids)
         _take_ids(self, "query_ids", "key_ids")
-
-    def _dynamic(self) -> tuple[str, ...]:
-        return ("query_ids", "key_ids")
 
     def settled(self, query_length: Any, key_length: Any, dtype: Any = None) -> Mask:
         pairs = zip(*same_as_int32(self.query_ids, self.key_ids), strict=True)
@@ -430,6 +428,7 @@ class Permutation(Mask):
     """
 
     axes: ClassVar = {"order": "t", "key_order": "s"}
+    always: ClassVar = ("order", "key_order")
     reads: ClassVar = ""
     order: Array
     strict: bool = False
@@ -438,9 +437,6 @@ class Permutation(Mask):
     def __post_init__(self) -> None:
         _take_ids(self, "order")
         object.__setattr__(self, "key_order", self.order)
-
-    def _dynamic(self) -> tuple[str, ...]:
-        return ("order", "key_order")
 
     def settled(self, query_length: Any, key_length: Any, dtype: Any = None) -> Mask:
         words = list(zip(*same_as_int32(self.order, self.key_order), strict=True))

@@ -392,17 +392,24 @@ def relative_position_bucket(
     # The ends of the logarithmic buckets are integers, found here once in float64, so that a logarithm that is
     # rounded differently on another device cannot move a token into another bucket.
     exact = num_buckets // 2
-    candidates = np.arange(exact, max(max_distance, exact) + 1)
-    share = np.log(candidates / exact) / np.log(max_distance / exact) if max_distance > exact else np.ones(1)
-    bucket = exact + np.floor(share.astype(np.float32) * np.float32(num_buckets - exact)).astype(np.int64)
-    bucket = np.minimum(bucket, num_buckets - 1)
-    steps = np.zeros((1,), np.int32) if not len(candidates) else candidates[1:][np.diff(bucket) > 0]
-    jumps = np.diff(bucket)[np.diff(bucket) > 0]
-    far = int(bucket[0]) + sum(
-        (int(jump) * (distance >= int(step)).astype(jnp.int32) for step, jump in zip(steps, jumps, strict=True)),
+    far = exact + sum(
+        ((distance >= int(end)).astype(jnp.int32) for end in _bucket_ends(exact, num_buckets, max_distance)),
         jnp.zeros_like(distance),
     )
     return start + jnp.where(distance < exact, distance, far)
+
+
+def _bucket_ends(exact: int, num_buckets: int, max_distance: int) -> np.ndarray:
+    """Where each bucket above number `exact` begins, by bisection; those that begin beyond int32 are left out."""
+    last = min(max(max_distance, exact), 2**31 - 1)
+    buckets = np.arange(exact + 1, num_buckets)
+    low, high = np.full(len(buckets), exact), np.full(len(buckets), last + 1)
+    while (low < high).any():
+        middle = low + (high - low) // 2
+        share = np.log(middle / exact) / np.log(max_distance / exact) if max_distance > exact else np.ones(1)
+        reached = exact + np.floor(share.astype(np.float32) * np.float32(num_buckets - exact)) >= buckets
+        low, high = np.where(reached, low, np.minimum(middle + 1, high)), np.where(reached, middle, high)
+    return low[low <= last]
 
 
 def _check_positive(scaling: object, *names: str) -> None:

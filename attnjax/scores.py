@@ -125,15 +125,13 @@ class Bias(Score):
     """
 
     axes: ClassVar = {"array": "hts"}
+    always: ClassVar = ("array",)
     reads: ClassVar = ""
     broadcasts: ClassVar = True
     array: Array
 
     def __post_init__(self) -> None:
         _check_floats("Bias", "array", self.array)
-
-    def _dynamic(self) -> tuple[str, ...]:
-        return ("array",)
 
     def evaluate(self, logits: Array, tile: Tile) -> Array:
         return logits + _like(tile.take(self.array, "hts"), logits)
@@ -158,6 +156,7 @@ class ALiBi(Score):
     """
 
     axes: ClassVar = {"slopes": "h", "offset": ""}
+    always: ClassVar = ("slopes",)
     reads: ClassVar = "qk"
     by_distance: ClassVar = True
     slopes: Array
@@ -204,6 +203,7 @@ class RelativeBias(Score):
     """
 
     axes: ClassVar = {"table": ".h", "offset": ""}
+    always: ClassVar = ("table",)
     reads: ClassVar = "qk"
     by_distance: ClassVar = True
     table: Array
@@ -213,10 +213,10 @@ class RelativeBias(Score):
 
     def __post_init__(self) -> None:
         _check_floats("RelativeBias", "table", self.table)
-        if np.ndim(self.table) < 2:
-            raise ValueError(f"RelativeBias: table must be [num_buckets, N], got {describe(self.table)}.")
         least = 4 if self.bidirectional else 2
-        if self.table.shape[-2] < least:
+        if is_array(self.table) and np.ndim(self.table) < 2:
+            raise ValueError(f"RelativeBias: table must be [num_buckets, N], got {describe(self.table)}.")
+        if is_array(self.table) and self.table.shape[-2] < least:
             raise ValueError(f"RelativeBias: table must have at least {least} buckets, got {describe(self.table)}.")
         offset = number_of(self.offset)
         if not isinstance(offset, int):
@@ -283,6 +283,7 @@ class Scale(Score):
     """
 
     axes: ClassVar = {"factor": "h"}
+    always: ClassVar = ("factor",)
     reads: ClassVar = ""
     broadcasts: ClassVar = True
     factor: Array

@@ -266,7 +266,7 @@ def bad(**options):
         (bad(dtype=jnp.int32), TypeError, "dtype must be float64, float32, bfloat16, float16 or int8, got int32"),
         (bad(batch=-2), ValueError, "batch must be an integer of at least 0, or several, got -2"),
         (bad(batch=(2, 1.5)), ValueError, "batch must be an integer of at least 0, or several, got .2, 1.5."),
-        (bad(window=-1), ValueError, "window must be an integer of at least 0 or None, got -1"),
+        (bad(window=-1), ValueError, "window must be an integer of at least 0, got -1"),
         (bad(window=8), ValueError, r"capacity must be at least window \+ 1 = 9, got 8"),
     ],
     ids=repr,

@@ -5,6 +5,7 @@ Padding and empty shapes, which are not bad input, are in test_edges.
 
 import functools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 
 import attnjax as aj
-from attnjax.kernels import cpu, triton, xla
-from attnjax.models import DecoderConfig, Sampling
+from attnjax.kernels import cpu, mosaic_gpu, mosaic_tpu, triton, xla
+from attnjax.models import DecoderConfig, Sampling, VisionConfig
 from attnjax.positions import RoPE, YaRN, alibi_slopes, sinusoidal
+from attnjax.scores import Scale
 
 
 def floats(*shape, dtype=jnp.float32):
@@ -524,6 +526,38 @@ def test_masks_may_be_trees_of_axes():
     np.testing.assert_array_equal(got, ids[:, :, None] == keys)
     dense = jax.vmap(lambda mask: mask.to_array(3, 3), in_axes=(aj.Dense(1),))(aj.Dense(jnp.ones((3, 2, 3), bool)))
     assert dense.shape == (2, 3, 3)
+
+
+def test_scores_may_be_trees_of_axes():
+    look = lambda axes: jax.vmap(lambda score: score.to_array(3, 3, heads=2), in_axes=(axes,))
+    table, slopes = jnp.arange(16.0).reshape(2, 4, 2), jnp.arange(4.0).reshape(2, 2)
+    for kind, array in ((aj.RelativeBias, table), (aj.ALiBi, slopes), (aj.Bias, slopes[:, :1]), (Scale, slopes)):
+        want = jnp.stack([kind(x).to_array(3, 3, heads=2) for x in array])
+        np.testing.assert_array_equal(look(kind(0))(kind(array)), want)
+    with pytest.raises(ValueError, match="in_axes specification must be a tree prefix"):  # and not an error of its own
+        look(aj.ALiBi(0))(aj.ALiBi(slopes, jnp.arange(2)))
+
+
+def test_numbers_of_every_type_are_counts():
+    """NumPy's and JAX's, where they are known, become Python's."""
+    two, many = np.int64(2), jnp.int32(128)
+    config = cpu.Config(threads=two)
+    assert type(config.threads) is int and config == cpu.Config(threads=2)
+    assert mosaic_gpu.Config(block_k=many) == mosaic_gpu.Config(block_k=128)
+    assert mosaic_tpu.Config(block_q=many) == mosaic_tpu.Config(block_q=128)
+    cache = aj.KVCache.create(two, np.uint8(4), jnp.int32(1), np.int16(8), window=np.int8(3))
+    assert cache.key.shape == (2, 4, 1, 8) and type(cache.window) is int
+    sizes = dict(num_classes=2, features=8, num_heads=2, num_layers=1)
+    assert VisionConfig((np.int64(8), many), (two, jnp.int32(4)), **sizes).patch_size == (2, 4)
+
+
+def test_relative_positions_of_any_reach():
+    """A largest distance that nobody reaches takes no memory; buckets are those of the formula in float64."""
+    score = aj.RelativeBias(jnp.arange(32.0)[:, None], bidirectional=False, max_distance=sys.maxsize)
+    found = score.to_array(2000, 1)[..., 0].reshape(-1)
+    far = np.arange(16, 2000)
+    want = 16 + np.floor(np.log(far / 16) / np.log(sys.maxsize / 16) * 16)
+    np.testing.assert_array_equal(found, [*range(16), *want])
 
 
 @pytest.mark.parametrize("kind", ["mask", "bias"])

@@ -189,6 +189,7 @@ class Dense(Mask):
     """
 
     axes: ClassVar = {"array": "hts"}
+    always: ClassVar = ("array",)
     reads: ClassVar = ""
     broadcasts: ClassVar = True
     array: Array
@@ -201,9 +202,6 @@ class Dense(Mask):
                 f"Dense takes a boolean array, true where the query may see the key; got {describe(self.array)}. "
                 "An additive mask of floats is a score: attnjax.Bias(array)."
             )
-
-    def _dynamic(self) -> tuple[str, ...]:
-        return ("array",)
 
     def evaluate(self, tile: Tile) -> Array:
         return tile.take(self.array, "hts")

@@ -24,12 +24,21 @@ def is_array(value: Any) -> TypeGuard[Any]:
     return isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
 
 
+class _Field(jax.tree_util.GetAttrKey):
+    """The name of a field. Where two trees differ, JAX's message asks for `key`, whatever the kind of the name."""
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+
 @dataclass_transform(frozen_default=True, eq_default=False)
 class Node:
     """Base class. Subclasses are turned into frozen dataclasses and registered as pytrees when they are defined.
 
     `axes` names, for each field that may hold an array, the axes that array has behind its batch axes:
     `h` query heads, `t` query positions, `s` key positions, `.` an axis that is never split.
+    `always`: the fields that hold arrays always, and in the trees that `jax.vmap` takes as in_axes numbers of axes.
     `broadcasts`: whether its arrays may lack some of these axes, or have size 1 there.
     `reads`: which of the tile's indices b, h, q and k its rule reads beside its arrays and the nodes in it. Where less
     is said, calls are divided over devices by batch entry and head, and a cache need not ask for true positions.
@@ -38,6 +47,7 @@ class Node:
 
     axes: ClassVar[dict[str, str]] = {}
     broadcasts: ClassVar[bool] = False
+    always: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[str] = "bhqk"
     limits: ClassVar[dict[str, str]] = {}
     __array_ufunc__: ClassVar[None] = None  # so that NumPy arrays leave `array & mask` to the mask
@@ -54,12 +64,12 @@ class Node:
         remembered = self.__dict__.get("_children")
         if remembered is not None:
             return remembered
-        return tuple(f.name for f in self._fields() if _is_child(getattr(self, f.name)))
+        return tuple(f.name for f in self._fields() if f.name in self.always or _is_child(getattr(self, f.name)))
 
     def _flatten_with_keys(self) -> tuple[Any, Any]:
         dynamic = self._dynamic()
         static = tuple((f.name, getattr(self, f.name)) for f in self._fields() if f.name not in dynamic)
-        children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in dynamic)
+        children = tuple((_Field(name), getattr(self, name)) for name in dynamic)
         return children, (dynamic, static)
 
     @classmethod

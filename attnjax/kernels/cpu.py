@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnjax.core.checks import check_count
 from attnjax.core.node import is_array
 from attnjax.core.program import Problem
 from attnjax.core.regions import regions
@@ -58,8 +59,8 @@ class Config:
         if self.isa is not None and self.isa not in instruction_sets():
             have = ", ".join(instruction_sets()) or f"none: {missing()}"
             raise ValueError(f"Config: isa must be one of those that run on this processor ({have}), got {self.isa!r}.")
-        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
-            raise ValueError(f"Config: threads must be an integer of at least 1 or None, got {self.threads!r}.")
+        if self.threads is not None:
+            object.__setattr__(self, "threads", check_count("Config: threads", self.threads))
 
 
 def instruction_sets() -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnjax.core.checks import number_of
 from attnjax.core.devices import gpus
 from attnjax.core.hopper import (
     GROUP_ROWS,
@@ -76,7 +77,10 @@ class Config:
         fields = dict(block_k=blocks, stages=stages, backward_block=blocks, backward_stages=stages)
         for name, allowed in fields.items():
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value not in allowed):
+            number = number_of(value)
+            if isinstance(number, int) and number in allowed:
+                object.__setattr__(self, name, number)
+            elif value is not None:
                 raise ValueError(f"Config: {name} must be one of {list(allowed)} or None, got {value!r}.")
         if not isinstance(self.interpret, bool):
             raise ValueError(f"Config: interpret must be True or False, got {self.interpret!r}.")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnjax.core.checks import number_of
 from attnjax.core.mosaic import LANES, Here, Loaded, Loop, column, wide
 from attnjax.core.operations import HARMLESS
 from attnjax.core.program import Problem
@@ -59,7 +60,10 @@ class Config:
         least = 8 if self.interpret else LANES
         for name in ("block_q", "block_k", "backward_block_q", "backward_block_k"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1 or value % least):
+            number = number_of(value)
+            if isinstance(number, int) and number > 0 and number % least == 0:
+                object.__setattr__(self, name, number)
+            elif value is not None:
                 raise ValueError(f"Config: {name} must be a multiple of {least} or None, got {value!r}.")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from attnjax.core.checks import number_of
 from attnjax.core.mesh_types import divided_as
 from attnjax.core.node import describe, is_array
 from attnjax.models.checks import check_choice, check_config
@@ -78,12 +79,13 @@ class VisionConfig:
         check_config(self, "num_classes", "features", "num_heads", "num_layers", "channels", *hidden)
         check_choice(self, "pool", "token", "mean")
         for field in ("image_size", "patch_size"):
-            sides = getattr(self, field)
-            pair = isinstance(sides, tuple) and len(sides) == 2
-            if not pair or any(isinstance(s, bool) or not isinstance(s, (int, np.integer)) or s < 1 for s in sides):
+            given = getattr(self, field)
+            sides = tuple(map(number_of, given)) if isinstance(given, tuple) and len(given) == 2 else (None,)
+            if not all(isinstance(side, int) and side > 0 for side in sides):
                 raise ValueError(
-                    f"VisionConfig: {field} must be (height, width), integers of at least 1, got {sides!r}."
+                    f"VisionConfig: {field} must be (height, width), integers of at least 1, got {given!r}."
                 )
+            object.__setattr__(self, field, sides)
         if any(side % patch for side, patch in zip(self.image_size, self.patch_size, strict=True)):
             raise ValueError(
                 f"VisionConfig: image_size = {self.image_size} must be a multiple of patch_size = {self.patch_size}."
