@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from attnjax.attention import attention
 from attnjax.core.checks import broadcasts, check_count, check_integer, number_of
@@ -143,7 +143,7 @@ class KVCache:
 
     def positions(self, count: int) -> Int[Array, "*B T"]:
         """Where the next `count` tokens stand in their rows: what positional embeddings want. int32 `[*B, count]`."""
-        return self.length[..., None] + self._steps(count)
+        return _positions(self, count)
 
     def append(
         self, key: Float[Array, "*B T K H"], value: Float[Array, "*B T K V"], lengths: Int[Array, "*B"] | None = None
@@ -166,11 +166,11 @@ class KVCache:
           [3, 1]
         """
         self._check(key, value, lengths)
-        return self._divided_as(key, value)._appended(key, value, lengths)
+        self.check_room(key.shape[-3], lengths)
+        return _appended(self, key, value, lengths)
 
     def _appended(self, key: Array, value: Array, lengths: Array | None) -> KVCache:
         count = key.shape[-3]
-        self.check_room(count, lengths)
         added: Any = np.int32(count) if lengths is None else _counts(lengths)
         length = self.length + added
         slots = self.positions(count)
@@ -198,15 +198,18 @@ class KVCache:
         Raises:
           ValueError: they have not; or lengths outside [0, count].
         """
-        added = np.int32(count) if lengths is None else _counts(lengths)
-        if not isinstance(added, Tracer) and ((added < 0) | (added > count)).any():
-            raise ValueError(
-                f"KVCache: lengths must be between 0 and the {count} tokens that came, got {int(added.min())} to "
-                f"{int(added.max())}."
-            )
-        length = self.length + added
-        if isinstance(length, Tracer) or isinstance(self.first, Tracer):
+        added = np.int32(count) if lengths is None else _known(lengths)
+        if added is not None:
+            added = _counts(added)
+            if ((added < 0) | (added > count)).any():
+                raise ValueError(
+                    f"KVCache: lengths must be between 0 and the {count} tokens that came, got {int(added.min())} to "
+                    f"{int(added.max())}."
+                )
+        held, first = _known(self.length), None if self.first is None else _known(self.first)
+        if added is None or held is None or (first is None) != (self.first is None):
             return
+        length = held + added
         if (length < 0).any():
             raise ValueError(
                 "KVCache: a row was given impossible lengths, or lost more tokens than it had, under jit: reset() it."
@@ -216,9 +219,9 @@ class KVCache:
                 f"KVCache: {int(length.max())} tokens are more than its capacity of {self.capacity}: create it with "
                 "capacity= or grow() it, or create it with window= where only the last ones are seen."
             )
-        if not self._sees().all():
+        if not self._sees(held, first).all():
             raise ValueError(
-                f"KVCache: a row was cut to {int(self.length.min())} tokens, and its ring of capacity {self.capacity} "
+                f"KVCache: a row was cut to {int(held.min())} tokens, and its ring of capacity {self.capacity} "
                 f"does not hold all of the {self.window} that its next query sees: to take n tokens back, it needs a "
                 f"capacity of {self.window} + n."
             )
@@ -255,17 +258,13 @@ class KVCache:
                 f"{describe(key)}."
             )
         cache = self.append(key, value, lengths)
-        before = self._divided_as(key, value)
-        keys, values, places = before._seen(cache, key, value, lengths, query.dtype)
-        place = functools.partial(placed, batch=self.batch, start=before.length, keys=places)
         causal = Causal() if self.window is None else Window(self.window, 0)
         mask = causal if mask is None else causal & as_mask(mask)
+        keys, values, start, places, right = _seen(self, cache, key, value, lengths, query.dtype)
+        place = functools.partial(placed, batch=self.batch, start=start, keys=places)
         scores = tuple(place(s) for s in as_scores(score))
         made = attention(query, keys, values, mask=place(mask), score=scores, **options)
-        right = before._sees() & (cache.length >= 0)  # a row that is not must not look like one that is
-        if self.window is None:
-            right &= cache.length <= self.capacity
-        return jax.tree.map(functools.partial(_where_right, right), made), cache
+        return _where_right(right, made), cache
 
     def truncate(self, length: int | Int[Array, "*B"]) -> KVCache:
         """The cache with the first `length` tokens of each row; rows that have no more stay as they are.
@@ -284,7 +283,7 @@ class KVCache:
           >>> cache.truncate(jnp.array([3, 9])).length.tolist()
           [3, 5]
         """
-        return self._cut(jnp.minimum(self.length, self._by_row("length", length)))
+        return _cut(self, self._by_row("length", length))._checked()
 
     def rollback(self, count: int | Int[Array, "*B"]) -> KVCache:
         """The cache without the last `count` tokens of each row, as when the tokens of a draft are refused.
@@ -304,18 +303,21 @@ class KVCache:
           [3, 3]
         """
         count = self._by_row("count", count)
-        short = self.length < count
-        if not isinstance(short, Tracer) and short.any():
+        known, held = _known(count), _known(self.length)
+        if known is not None and held is not None and (held < known).any():
             raise ValueError(
-                f"KVCache: {int(count.max())} tokens cannot be taken back: the shortest row has "
-                f"{int(self.length.min())}."
+                f"KVCache: {int(known.max())} tokens cannot be taken back: the shortest row has {int(held.min())}."
             )
-        return self._cut(jnp.where(short, _LOST, self.length - count))
+        return _cut(self, count, back=True)._checked()
 
     def reset(self) -> KVCache:
         """The cache without tokens, in the same memory. `truncate` empties some rows."""
-        first = None if self.first is None else jnp.zeros_like(self.first)
-        return dataclasses.replace(self, length=jnp.zeros_like(self.length), first=first)
+        length, first = _zeros((self.length, self.first))
+        return dataclasses.replace(self, length=length, first=first)
+
+    def _checked(self) -> KVCache:
+        self.check_room(0)
+        return self
 
     def grow(self, capacity: int) -> KVCache:
         """The cache with room for `capacity` tokens; what it holds is copied.
@@ -332,8 +334,11 @@ class KVCache:
           (2, 32, 4, 8)
         """
         check_count("KVCache: capacity", capacity, self.capacity)
-        axis, more = len(self.batch), int(capacity) - self.capacity
-        places = None if self.window is None else self._places(int(capacity)) % self.capacity
+        return _grown(self, int(capacity))
+
+    def _grown(self, capacity: int) -> KVCache:
+        axis, more = len(self.batch), capacity - self.capacity
+        places = None if self.window is None else self._places(capacity) % self.capacity
 
         def grown(x: Array) -> Array:
             if places is not None:  # a ring's tokens move to the slots of the new size
@@ -350,21 +355,32 @@ class KVCache:
             raise ValueError(
                 f"KVCache: {name} must be an integer or integers {list(self.batch)}, got {describe(value)}."
             )
-        return jnp.broadcast_to(_counts(value), self.batch)
+        count = _counts(value)
+        return count if isinstance(count, jax.Array) else jax.device_put(np.broadcast_to(count, self.batch))
 
-    def _cut(self, length: Array) -> KVCache:
+    def _cut(self, length: Array, back: bool = False) -> KVCache:
+        """Rows of this length at most, or shorter by this length."""
+        shorter = jnp.where(self.length < length, _LOST, self.length - length)
+        length = shorter if back else jnp.minimum(self.length, length)
         first = None if self.first is None else jnp.minimum(self.first, length)
-        cut = dataclasses.replace(self, length=length, first=first)
-        cut.check_room(0)
-        return cut
+        return dataclasses.replace(self, length=length, first=first)
 
-    def _sees(self) -> Bool[Array, "*B"]:
-        """Rows that hold all that their next query is to see: in a ring that was cut it may be gone."""
-        if self.window is None or self.first is None:
-            return self.length >= 0
-        return (self.length >= 0) & (self.first <= jnp.maximum(self.length - np.int32(self.window), 0))
+    def _sees(self, length: Any, first: Any) -> Any:
+        """Rows that hold all that their next query is to see: of a ring that was cut it may be gone. `[*B]`."""
+        if self.window is None or first is None:
+            return length >= 0
+        return (length >= 0) & ((first <= 0) | (first <= length - np.int32(self.window)))
 
-    def _seen(self, cache: KVCache, key: Array, value: Array, lengths: Array | None, dtype: Any) -> Any:
+    def _seen(self, cache: KVCache, key: Array, value: Array, lengths: Array | None, dtype: np.dtype) -> Any:
+        """Keys and values that queries see, where queries and keys stand, and which rows are right."""
+        before = self._divided_as(key, value)
+        keys, values, places = before._keys(cache, key, value, lengths, dtype)
+        right = before._sees(before.length, before.first) & (cache.length >= 0)
+        if self.window is None:
+            right &= cache.length <= self.capacity
+        return keys, values, before.length, places, right
+
+    def _keys(self, cache: KVCache, key: Array, value: Array, lengths: Array | None, dtype: np.dtype) -> Any:
         """Keys, values, and where they stand (`None`: in order from 0), given the cache before and after the new ones.
 
         A ring is looked at before several tokens are written into it, for their places may be those of tokens that the
@@ -426,6 +442,57 @@ class KVCache:
             raise ValueError(f"KVCache: lengths must be integers {list(self.batch)}, got {describe(lengths)}.")
 
 
+# What is computed is compiled as a whole, also outside of `jit`: one program in place of many small ones, whose
+# constants jax.transfer_guard would count as transfers.
+_compiled = functools.partial(jax.jit, inline=True)
+
+
+@functools.partial(_compiled, static_argnames="count")
+def _positions(cache: KVCache, count: int) -> Array:
+    return cache.length[..., None] + cache._steps(count)
+
+
+@_compiled
+def _appended(cache: KVCache, key: Array, value: Array, lengths: Array | None) -> KVCache:
+    return cache._divided_as(key, value)._appended(key, value, lengths)
+
+
+@functools.partial(_compiled, static_argnames="dtype")
+def _seen(cache: KVCache, after: KVCache, key: Array, value: Array, lengths: Array | None, dtype: np.dtype) -> Any:
+    return cache._seen(after, key, value, lengths, dtype)
+
+
+@functools.partial(_compiled, static_argnames="back")
+def _cut(cache: KVCache, length: Array, back: bool = False) -> KVCache:
+    return cache._cut(length, back)
+
+
+@_compiled
+def _zeros(arrays: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, arrays)
+
+
+@functools.partial(_compiled, static_argnames="capacity")
+def _grown(cache: KVCache, capacity: int) -> KVCache:
+    return cache._grown(capacity)
+
+
+@_compiled
+def _where_right(right: Array, made: Any) -> Any:
+    """Arrays `[*B, ...]`, NaN in rows that are not right: these must not look like one that is."""
+    rows = lambda x: right.reshape(*right.shape, *(1,) * (x.ndim - right.ndim))
+    fill = lambda x: jnp.where(rows(x), x, np.asarray(np.nan, x.dtype))
+    return jax.tree.map(fill, made)
+
+
+def _known(x: Any) -> np.ndarray | None:
+    """The numbers, where they are known and lie here."""
+    if isinstance(x, Tracer):
+        return None
+    here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+    return np.asarray(jax.device_get(x)) if here else None
+
+
 def _written(held: Array, new: Array, slots: Array) -> Array:
     """`held` [*B, S, ...] with `new` [*B, T, ...] at `slots` [*B, T]; what has no slot is dropped."""
     names = lambda held, *_: [names_of(held, i) for i in range(held.ndim)]
@@ -475,10 +542,4 @@ def _counts(lengths: Any) -> Array:
     if kind.max > np.iinfo(np.int32).max:
         clip = jnp.clip if isinstance(lengths, jax.Array) else np.clip
         lengths = clip(lengths, max(kind.min, _NOWHERE), -_NOWHERE)
-    return jnp.asarray(lengths.astype(np.int32))
-
-
-def _where_right(right: Array, x: Array) -> Array:
-    """`x` [*B, ...] in rows that are right, NaN in others; made by NumPy, for debug_nans looks at what JAX makes."""
-    nan = np.asarray(np.nan, x.dtype)
-    return jnp.where(right.reshape(*right.shape, *(1,) * (x.ndim - right.ndim)), x, nan)
+    return lengths.astype(np.int32)

@@ -43,6 +43,10 @@ def cases(implementation):
     """By name: a function, its arguments, how they lie; and another function that gives the same on one device."""
     attend = lambda q, k, v, **more: aj.attention(q, k, v, implementation=implementation, **more)
     by_head = aj.Where(lambda b, h, q, k: (q + h) % 3 != k % 3)
+    called = lambda *at: jax.pure_callback(
+        np.greater_equal, jax.ShapeDtypeStruct((), bool), *at, vmap_method="broadcast_all"
+    )
+    by_python = aj.Where(lambda b, h, q, k: called(q, k))
 
     def everything(q, k, v, bias, slopes, sinks, ids, seed=None):
         mask, score = aj.Causal() & aj.Segments(ids), (aj.Bias(bias), aj.ALiBi(slopes))
@@ -86,6 +90,8 @@ def cases(implementation):
         "vmap of gradient": (mapped, (q, k[0], v[0], *ALL[3:7]), (DATA, NONE, NONE, NONE, NONE, NONE, DATA)),
         "key heads that do not divide": (attend, (twelve, *six_heads), (BOTH, DATA, DATA)),
         "function of heads": (lambda q, k, v: attend(q, k, v, mask=by_head), (q, k, v), (BOTH,) * 3),
+        "no keys": (attend, (q, k[:, :0], v[:, :0]), (BOTH,) * 3),
+        "by Python": (lambda q, k, v: attend(q, k, v, mask=by_python), (q, k, v), (BOTH,) * 3),
         "by position": (attend, (q, k, v), (P(None, "data"),) * 3),
         "shard_map": (with_value(by_hand), ALL[:7], DIVIDED[:7], with_value(loss)),
     }
@@ -120,10 +126,10 @@ def run(name, want, function, arguments, specs):
         with jax.set_mesh(mesh):
             try:
                 traced = jax.jit(function).trace(*placed)
-            except ValueError as error_:
-                print(json.dumps(case | {"refused": str(error_)}))
+                compiled = traced.lower().compile()
+            except (ValueError, NotImplementedError) as refusal:
+                print(json.dumps(case | {"refused": str(refusal)}))
                 continue
-            compiled = traced.lower().compile()
             got = jax.tree.leaves(compiled(*placed))
         if kind == "explicit":
             case["typed"] = [parts(x.sharding.spec) for x in jax.tree.leaves(traced.out_info)]

@@ -202,6 +202,17 @@ def test_what_is_set_where_a_function_is_traced_is_no_part_of_it():
 # What is captured
 
 
+def test_captured_arrays_that_lie_divided_are_named():
+    """Every device reads all of them: where types tell that they lie divided, nothing moves unasked."""
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        a = jax.device_put(jnp.arange(T), jax.P("data"))
+        mask = aj.Where(lambda b, h, q, k: a[q] >= k)
+        with pytest.raises(
+            ValueError, match=r"Where.constants\[0\] .* an axis that every pair may read.*reshard\(.*P\(\)"
+        ):
+            aj.attention(ROWS[0], ROWS[1], ROWS[2], mask=mask)
+
+
 @pytest.mark.parametrize("implementation", EVERY_IMPLEMENTATION)
 def test_captured_floats_keep_their_type(implementation):
     """A function means what it meant when it was traced, on every implementation: bfloat16 rounds to bfloat16."""

@@ -81,4 +81,14 @@ def test_division_by_position():
     assert set(case["moves"]) == {"all-gather"}
     refused = found()["explicit xla by position"]["refused"]
     assert "query float32[4,24@data,8,8] is divided along the queries" in refused
-    assert "reshard(query, P(None, None, None, None))" in refused
+    assert "reshard(query, P())" in refused
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_sizes_of_0_and_calls_of_python(kind):
+    """Where an array is empty there is nothing to divide; XLA would lose a Python function and crash."""
+    case = found()[f"{kind} xla no keys"]
+    assert case["error"] == 0
+    assert kind == "auto" or case["typed"] == [8]
+    refused = found()[f"{kind} xla by Python"]["refused"]
+    assert "a mask or score calls Python (pure_callback), which cannot be divided over devices" in refused

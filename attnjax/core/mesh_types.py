@@ -139,9 +139,11 @@ def check_positions(axes: Sequence[str], avals: Sequence[Any], n: int, name_of: 
         axis, letter = along[0]
         whole = [None if (a, x) in along else names_of(aval, a) for a, x in enumerate("b" * n + own)]
         mesh = " and ".join(names_of(aval, axis))
+        where = "an axis that every pair may read" if letter == "." and i > 2 else _ALONG[letter]
+        spec = _spec(whole) if any(whole) else "P()"
         raise ValueError(
-            f"{name_of(i)} {aval.str_short()} is divided along {_ALONG[letter]}, over {mesh} of the mesh. Attention is "
-            f"divided by batch entry and head. Gather it, jax.sharding.reshard({name_of(i)}, {_spec(whole)}), or call "
+            f"{name_of(i)} {aval.str_short()} is divided along {where}, over {mesh} of the mesh. Attention is "
+            f"divided by batch entry and head. Gather it, jax.sharding.reshard({name_of(i)}, {spec}), or call "
             "attention inside jax.shard_map on parts; attnjax.merge puts parts of the keys together."
         )
 

@@ -61,12 +61,12 @@ class Program:
         return (self.count - 1,) if self.has_map else tuple(range(self._leaves_start, self._scores_start))
 
     def name_of(self, position: int) -> str:
-        """What the operand at this position is called: "query", "sinks", "ALiBi.slopes"."""
-        scores = iter(self.score_positions())
+        """What the operand at this position is called: "query", "ALiBi.slopes"; "Where.constants[0]" was captured."""
         names = dict(enumerate(("query", "key", "value", *(("sinks",) if self.sinks else ()))))
-        for structure in self.scores:
+        leaves = iter(range(self._leaves_start, self.count - self.has_map))
+        for structure in (*self.mask, *self.scores):
             node = jax.tree.unflatten(structure, [np.zeros(()) for _ in range(structure.num_leaves)])
-            names |= {next(scores): name for name, _, _ in node.operands()}
+            names |= {next(leaves): name for name, _, _ in node.operands()}
         return names.get(position, f"operand {position}")
 
     def reads_index(self) -> tuple[bool, bool]:
@@ -77,6 +77,15 @@ class Program:
             for part in node.nodes():
                 read = [known or index in part.reads for known, index in zip(read, "bh", strict=True)]
         return read[0], read[1]
+
+    def holds_code(self) -> bool:
+        """Whether users wrote some of its rules: a function of indices, or a class of mask or score."""
+        for structure in (*self.mask, *self.scores):
+            node = jax.tree.unflatten(structure, [np.zeros(()) for _ in range(structure.num_leaves)])
+            homes = {type(part).__module__.partition(".")[0] for part in node.nodes()}
+            if homes != {"attnjax"} or any(node.functions()):
+                return True
+        return False
 
     def sinks_of(self, operands: list[Any]) -> Array | None:
         """The sinks, [*batch, N], or `None`."""

@@ -95,7 +95,12 @@ def shared_out(
     Args:
       body: (problem, shapes of the results) -> function of the arguments, for the whole problem and for a share.
       arguments, results: what goes in and comes out; results that lack an axis of the work are sums over it.
+
+    Raises:
+      NotImplementedError: a mask or score calls Python.
     """
+    if problem.program.holds_code():
+        _check_calls(jax.make_jaxpr(body(problem, [r.shape for r in results]))(*arguments).jaxpr)
     sizes, wide = problem.sizes, in_64_bits()
     # XLA asks `partition` for the program of a share; of the whole it needs the shapes.
     run = custom_partitioning(lambda *arrays: jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), list(results)))
@@ -122,6 +127,21 @@ def shared_out(
 
     run.def_partition(partition=partition, sharding_rule=lambda *_: _rule(problem, arguments, results))
     return run
+
+
+def _check_calls(jaxpr: Any) -> None:
+    """Whether a program stays on its devices: XLA loses the Python functions that a share of a program calls."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name.endswith("callback") or name == "debug_print":
+            raise NotImplementedError(
+                f"a mask or score calls Python ({name}), which cannot be divided over devices: call attention inside "
+                "jax.shard_map, or give a mask or score that computes with jax.numpy alone."
+            )
+        for value in jax.tree.leaves(equation.params):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                _check_calls(inner)
 
 
 def tell_devices(primitive: Primitive) -> None:

@@ -249,9 +249,9 @@ def _run(
     results: list[Operand],
     divided: bool,
 ) -> list[Array]:
-    """Runs a body: on each device its own share, where it is compiled for several."""
+    """Runs a body: on each device its own share, where it is compiled for several and no array is empty."""
     arguments = [Operand(a, tuple(x.shape), x.dtype) for a, x in zip(axes, args, strict=True)]
-    if not divided:
+    if not divided or any(0 in x.shape for x in (*arguments, *results)):
         return body(problem, [r.shape for r in results])(*args)
     return shared_out(body, problem, arguments, results)(*args)
 
