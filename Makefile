@@ -31,7 +31,7 @@ CPP := $(wildcard $(NATIVE)/*.h $(NATIVE)/*.cc tests/native/*.h tests/native/*.c
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench test test-full fuzz test-aot test-gpu sanitize lint format typecheck docs clean distclean
+.PHONY: help bench test test-full fuzz mutants test-aot test-gpu sanitize lint format typecheck docs clean distclean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -47,6 +47,9 @@ test-full: $(STAMP)dev  ## run every case of every test
 
 fuzz: $(STAMP)dev  ## run random programs and compare with a formula in NumPy
 	cd tests && $(abspath $(BIN))/python -m fuzz --minutes $(MINUTES) --seed $(SEED) $(ARGS)
+
+mutants: $(STAMP)dev  ## put small faults into the engine, one at a time, and see that a test fails; hours
+	cd tests && $(abspath $(BIN))/python -m mutants $(ARGS)
 
 test-aot: $(AOT)/.installed-aot  ## compile for GPUs and TPUs that are not here; 2 GB of wheels
 	$(AOT)/bin/python -m pytest -n $(WORKERS) --dist loadgroup --cases=all tests/aot $(ARGS)
