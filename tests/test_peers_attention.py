@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,16 @@ run = functools.partial(aj.attention, return_lse=True)
 
 
 # Masks
+
+
+def test_windows_and_offsets_without_an_end(qkv):
+    """keras-self-attention#10: a window of sys.maxsize; Automodel#3802: a sum with a position that leaves int32."""
+    ends = (sys.maxsize, 2**31 - 1, 2**31, np.int64(2**63 - 1), np.uint64(2**64 - 1), jnp.int32(2**31 - 1))
+    for end in ends:
+        np.testing.assert_array_equal(aj.Window(end, 0).to_array(T, S), s <= t)
+        np.testing.assert_array_equal(aj.Window(0, end, offset=3).to_array(T, S), s >= t + 3)
+        assert aj.Causal(end).to_array(T, S).all() and not aj.Causal(-int(end)).to_array(T, S).any()
+    close(run(*qkv, mask=aj.Window(sys.maxsize, 0)), formula(*qkv, seen=s <= t))
 
 
 @pytest.mark.parametrize(

@@ -338,6 +338,18 @@ REPORTS = {
     "google/flax#4589, #4151, #4771: dropout in stacks": [
         "test_nn.py::test_stacks_keep_random_streams_and_what_is_sown"
     ],
+    "google/flax#5205, marin#2288, #7247: meshes as jax.make_mesh makes them": [
+        "test_sharding.py::test_each_device_runs_its_own_share",
+        "test_nn.py::test_models_on_meshes_with_explicit_axes",
+    ],
+    "flax FLIP 4844, maxdiffusion#265: parameters made with and without a mesh": [
+        "test_nn.py::test_eight_devices_give_the_same_numbers",
+        "test_nn.py::test_with_mesh_places_nothing_and_says_so",
+    ],
+    "keras-hub#1613, #2795, torchtitan#2577: fewer key heads than devices": [
+        "test_sharding.py::test_each_device_runs_its_own_share",
+        "test_nn.py::test_models_on_meshes_with_explicit_axes",
+    ],
     "google/flax#5172: an optimizer on a divided model": ["test_nn.py::test_eight_devices_give_the_same_numbers"],
     "transformers#37574, PR 38046, PR 47708, mlx-lm#735: ring caches": [
         "test_cache.py::test_pieces_give_the_whole",
