@@ -17,6 +17,7 @@ from attnjax.core.dispatch import check_name
 from attnjax.core.dropout import head_seeds
 from attnjax.core.node import describe, is_array, narrowed
 from attnjax.core.program import Problem, Program
+from attnjax.core.symbolic import indices
 from attnjax.core.tiles import Sizes, operand_form
 from attnjax.core.transforms import attend, highest
 from attnjax.kernels import cpu, mosaic_gpu, mosaic_tpu, triton, xla
@@ -283,7 +284,7 @@ def _seeds(seed: Any, batch: tuple[int, ...], heads: int) -> Any:
 
 def _hashed(seed: Any, batch: tuple[int, ...], heads: int) -> Any:
     seed = seed.reshape((1,) * (len(batch) - seed.ndim) + seed.shape + (1,))
-    entries = np.arange(math.prod(batch), dtype=np.uint32).reshape(*batch, 1)
+    entries = indices(math.prod(batch)).astype(np.uint32).reshape(*batch, 1)
     return head_seeds(seed, entries, np.arange(heads, dtype=np.uint32).reshape((1,) * len(batch) + (heads,)))
 
 

@@ -117,6 +117,11 @@ def explain(query: Any, key: Any, value: Any, *, platform: str | None = None, **
     if platform not in PLATFORMS:
         raise ValueError(f"platform {platform!r} is unknown: expected one of {list(PLATFORMS)} or None.")
     problem, operands = build(query, key, value, **{"return_lse": False, **options})
+    if not problem.sizes.known:
+        shapes = ", ".join(
+            f"{name} {list(x.shape)}" for name, x in zip(("query", "key", "value"), operands, strict=False)
+        )
+        raise ValueError(f"explain: {shapes} have sizes that are symbols: give sizes that are known.")
     choices = {}
     for part in PARTS:
         choices[part] = choose(problem, operands, platform, part)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
 from attnjax.core.devices import gpus
 from attnjax.core.program import Problem
+from attnjax.core.symbolic import at_most, is_known
 from attnjax.core.tables import tuned
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -16,7 +18,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How the tiled code walks a problem.
+    """How the tiled code walks a problem. Blocks of a length that is a symbol are symbols, too: at most that length.
 
     Attributes:
       block_q, block_k: queries and keys of a tile.
@@ -24,8 +26,8 @@ class Blocks:
       lanes_kv: how many key/value heads are computed together; divides K.
     """
 
-    block_q: int
-    block_k: int
+    block_q: Any
+    block_k: Any
     lanes: tuple[int, ...]
     lanes_kv: int
 
@@ -44,20 +46,22 @@ def choose_blocks(problem: Problem, platform: str) -> Blocks:
     """Tile sizes for a problem, from its config where the config says, else from its shape."""
     sizes, config = problem.sizes, problem.config
     rows, keys, pairs = _TARGETS.get(platform, _TARGETS[None])
-    if not problem.program.mask and platform == "cpu" and sizes.query_length >= 2048:
+    if not problem.program.mask and platform == "cpu" and is_known(sizes.query_length) and sizes.query_length >= 2048:
         rows, keys = _UNMASKED[0] * rows, _UNMASKED[1] * keys
-    t, s = max(sizes.query_length, 1), max(sizes.key_length, 1)
-    own = tuned(problem, "xla", "all", platform)
+    t, s = (max(size, 1) if is_known(size) else size for size in (sizes.query_length, sizes.key_length))
+    own = tuned(problem, "xla", "all", platform) if sizes.known else {}
     asked_q = getattr(config, "block_q", None) or own.get("block_q")
     asked_k = getattr(config, "block_k", None) or own.get("block_k")
+    few = is_known(s) and s <= _FEW_KEYS and not asked_q and problem.blocks is None
     if problem.blocks is not None:
         block_q, block_k = problem.blocks
     else:
-        block_q = asked_q or (t if s <= _FEW_KEYS else _even(t, max(16, rows // sizes.group)))
+        block_q = asked_q or (t if few and is_known(t) else _even(t, max(16, rows // sizes.group)))
         wide = max(keys, _FEW_ROWS // min(block_q * sizes.group, rows))
         block_k = asked_k or _even(s, wide)
-    block_q, block_k = min(block_q, t), min(block_k, s)
+    block_q, block_k = (min(block, size) if is_known(size) else block for block, size in ((block_q, t), (block_k, s)))
     budget = getattr(config, "lanes", None) or max(1, pairs // (block_q * sizes.group * block_k))
+    block_q, block_k = t if few else at_most(t, block_q), at_most(s, block_k)
     lanes_kv = _divisor(sizes.key_heads, budget)
     budget //= lanes_kv
     lanes: list[int] = []
@@ -70,14 +74,19 @@ def choose_blocks(problem: Problem, platform: str) -> Blocks:
     return Blocks(block_q, block_k, tuple(reversed(lanes)), lanes_kv)
 
 
-def _even(length: int, target: int) -> int:
-    """A block of at most `target` (rounded up to 16) that divides the length about evenly."""
+def _even(length: Any, target: int) -> int:
+    """A block of at most `target` (rounded up to 16) that divides the length about evenly, where that is known."""
+    if not is_known(length):
+        return -(-target // 16) * 16
     count = -(-length // target)
     block = -(-length // count)
     return min(length, -(-block // 16) * 16)
 
 
-def _divisor(size: int, most: int) -> int:
+def _divisor(size: Any, most: int) -> int:
+    """The largest divisor that is known, of at most `most`."""
+    if not is_known(size):
+        return 1
     return max((d for d in range(1, min(size, most) + 1) if size % d == 0), default=1)
 
 

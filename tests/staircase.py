@@ -17,6 +17,7 @@ STEPS = [
         "core.integers",
         "core.mesh_types",
         "core.softmax",
+        "core.symbolic",
         "core.taylor",
         "profiling",
     },

@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from attnjax.core.integers import compressed, fits
 from attnjax.core.node import Node, describe, is_array
+from attnjax.core.symbolic import is_known
 
 Array = jax.Array
 
@@ -33,6 +34,7 @@ def check_arrays(query: Any, key: Any, value: Any) -> None:
                 f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}: convert it with "
                 f"{name}.astype(jnp.float32)."
             )
+    _check_symbols(named)
     context = " ".join(f"{name} {_dims(x.shape)}," for name, x in named.items())[:-1] + "."
     if len({np.dtype(x.dtype) for x in named.values()}) > 1:
         types = ", ".join(f"{name} {np.dtype(x.dtype).name}" for name, x in named.items())
@@ -60,6 +62,31 @@ def check_arrays(query: Any, key: Any, value: Any) -> None:
         )
     if query.shape[-1] == 0:
         raise ValueError(f"query and key need a head size of at least 1. {context}")
+
+
+def _check_symbols(named: dict[str, Any]) -> None:
+    """Sizes may be symbols of `jax.export` where they count batch entries or positions, and are at least 1."""
+    for name, x in named.items():
+        for axis, size in enumerate(x.shape):
+            if is_known(size):
+                continue
+            what = f"{name} {_dims(x.shape)}: {size}"
+            if axis - x.ndim >= -2:
+                raise ValueError(
+                    f"{what} is a symbol where the number of heads or their size stands: those must be known; batch "
+                    "axes and lengths may be symbols."
+                )
+            try:
+                least = size >= 1
+            except Exception as error:  # JAX's has no public name
+                if "inconclusive" not in str(error):
+                    raise
+                least = False
+            if not least:
+                raise ValueError(
+                    f"{what} may be 0, and sizes that are symbols must be at least 1: say so with "
+                    f'jax.export.symbolic_shape(..., constraints=["{size} >= 1"]).'
+                )
 
 
 def _mismatch(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> str:
@@ -125,7 +152,7 @@ def check_static_lengths(node: Node, argument: str, query_length: int, key_lengt
             if value is None or isinstance(value, (Tracer, jax.ShapeDtypeStruct)):
                 continue
             largest, limit = np.max(np.asarray(value), initial=0), {"t": query_length, "s": key_length}[letter]
-            if largest > limit:
+            if is_known(limit) and largest > limit:
                 beyond = f"beyond {letter.upper()} = {limit}"
                 raise ValueError(f"{argument}: {type(part).__name__}.{name} is {largest}, {beyond}.")
 

@@ -22,6 +22,7 @@ KERNELS: dict[str, ModuleType] = {
 PARTS = ("forward", "backward", "tangent", "higher")  # higher: derivatives of second order and up
 
 _ORDER = {"cpu": ("cpu", "xla"), "cuda": ("cudnn", "triton", "xla"), "rocm": ("xla",), "tpu": ("mosaic_tpu", "xla")}
+_TAKE_SYMBOLS = ("xla", "reference")
 _BY_NAME = {  # why they are in no order
     "reference": "for checking only: needs the T x S matrix",
     "mosaic_gpu": "not yet measured beside triton",
@@ -82,14 +83,20 @@ def choose(
     if named is not None and not own:  # its config says nothing to those that run this part
         problem = dataclasses.replace(problem, config=None)
     refusals = {
-        name: kernel.unsupported(problem, operands, platform, part) or _without(name, problem, operands, gradients)
+        name: _unknown_sizes(name, problem)
+        or kernel.unsupported(problem, operands, platform, part)
+        or _without(name, problem, operands, gradients)
         for name, kernel in KERNELS.items()
     }
     if named is not None and (own or refusals[named] is None):
         if refusals[named] is not None:
             anyone = dataclasses.replace(problem, config=None)  # which is of the one that was named
             others = {name: kernel for name, kernel in KERNELS.items() if name != named}
-            able = [name for name, x in others.items() if not x.unsupported(anyone, operands, platform, part)]
+            able = [
+                name
+                for name, x in others.items()
+                if not (_unknown_sizes(name, anyone) or x.unsupported(anyone, operands, platform, part))
+            ]
             raise NotImplementedError(f"implementation {named!r} cannot: {refusals[named]}. {', '.join(able)} can.")
         return Choice(named, {name: f"implementation={named!r} was asked for" for name in KERNELS if name != named})
     if exported:
@@ -103,6 +110,13 @@ def choose(
         if name != chosen:
             reasons[name] = refusals[name] or _not_preferred(name, order, chosen)
     return Choice(chosen, reasons)
+
+
+def _unknown_sizes(name: str, problem: Problem) -> str | None:
+    """Why an implementation cannot take sizes that are symbols, or `None`."""
+    if problem.sizes.known or name in _TAKE_SYMBOLS:
+        return None
+    return "needs sizes that are known while it is compiled, and here some are symbols (jax.export.symbolic_shape)"
 
 
 def shares(

@@ -23,6 +23,7 @@ from attnjax.core.checks import check_count, check_leaves
 from attnjax.core.functions import IndexFunction
 from attnjax.core.node import Node, is_array
 from attnjax.core.operations import Visible
+from attnjax.core.symbolic import indices, is_known, number
 
 Array = jax.Array
 _LEAST_AND_MOST = ((np.min, jnp.min), (np.max, jnp.max))
@@ -44,10 +45,15 @@ class Sizes:
     def group(self) -> int:
         return self.heads // self.key_heads
 
-    def batch_index(self) -> np.ndarray:
+    @property
+    def known(self) -> bool:
+        """Whether all sizes are integers, and none a symbol."""
+        return all(map(is_known, (*self.batch, self.query_length, self.key_length)))
+
+    def batch_index(self) -> Any:
         """int32 [*batch], 1 on the mapped axes: the row-major number of each batch entry."""
         own = self.batch[self.mapped :]
-        return np.arange(math.prod(own), dtype=np.int32).reshape((1,) * self.mapped + own)
+        return indices(math.prod(own)).reshape((1,) * self.mapped + own)
 
 
 def operand_form(leaf: Any, axes: str, batch_ndim: int) -> Any:
@@ -120,7 +126,7 @@ class Tile:
         self.shape = (*lanes, kv_size, group, q_size, k_size)
         self.b = b.reshape(*b.shape, 1, 1, 1, 1)
         rank = (1,) * len(lanes)
-        count = lambda start, size, *shape: (start + np.arange(size, dtype=np.int32)).reshape(*rank, *shape)
+        count = lambda start, size, *shape: (start + indices(size)).reshape(*rank, *shape)
         self.h = count(kv_start * group, kv_size * group, kv_size, group, 1, 1)
         self.q = count(q_start, q_size, 1, 1, q_size, 1)
         self.k = count(k_start, k_size, 1, 1, 1, k_size)
@@ -151,12 +157,14 @@ class Tile:
         """
         t, s = self.shape[-2:]
         length = t + s - 1
-        distances = self._first_distance + np.arange(-(t - 1), s, dtype=np.int32)
+        distances = self._first_distance + (indices(length) - number(t - 1))
         by_diagonal = values(distances)
         lead = by_diagonal.shape[:-3]  # [*lanes, K, G, 1, 1, length]
-        by_diagonal = jnp.pad(by_diagonal.reshape(*lead, 1, length), [(0, 0)] * (len(lead) + 1) + [(0, 1)])
-        skewed = jnp.broadcast_to(by_diagonal, (*lead, t, length + 1)).reshape(*lead, t * (length + 1))
-        return skewed[..., : t * length].reshape(*lead, t, length)[..., t - 1 :]
+        # Two more of each row, where one would do: a size that is a symbol is then seen to be positive.
+        by_diagonal = jnp.pad(by_diagonal.reshape(*lead, 1, length), [(0, 0)] * (len(lead) + 1) + [(0, 2)])
+        skewed = jnp.broadcast_to(by_diagonal, (*lead, t, length + 2)).reshape(*lead, t * (length + 2))
+        skewed = lax.slice_in_dim(skewed, 0, t * (length + 1), axis=-1).reshape(*lead, t, length + 1)
+        return lax.slice_in_dim(skewed, t - 1, length, axis=-1)
 
     def counting(self, pairs: Array | None) -> Tile:
         """The same tile for derivatives: at pairs that do not count, those of scores are 0, whatever the scores are.
@@ -171,7 +179,7 @@ class Tile:
     def apply(self, function: IndexFunction, constants: tuple[Array, ...], logits: Array | None = None) -> Array:
         """Evaluates a function of scalars at every pair of the tile; what depends on one index is computed once."""
         n = len(self.lanes)
-        over_lanes = logits is not None or function.uses[0] or any(max(c.shape[:n], default=1) > 1 for c in constants)
+        over_lanes = logits is not None or function.uses[0] or any(_several(c.shape[:n]) for c in constants)
         over_heads = logits is not None or function.uses[1]
         lanes, heads = self.lanes if over_lanes else (1,) * n, self.shape[n : n + 2] if over_heads else (1, 1)
         b = jnp.broadcast_to(self.b[..., 0, 0, 0, 0], lanes) if over_lanes else jnp.zeros(lanes, jnp.int32)
@@ -201,11 +209,11 @@ class Tile:
         """An array in tile form without the axes of size 1, and which of [*lanes, heads, t, s] are left in front."""
         n = len(self.lanes)
         heads = x.shape[n : n + 2]
-        if max(heads) > 1 and heads != self.shape[n : n + 2]:
+        if _several(heads) and heads != self.shape[n : n + 2]:
             heads = self.shape[n : n + 2]
             x = jnp.broadcast_to(x, (*x.shape[:n], *heads, *x.shape[n + 2 :]))
         sizes = (*x.shape[:n], math.prod(heads), *x.shape[n + 2 : n + 4])
-        return x.reshape(*(d for d in sizes if d > 1), *x.shape[n + 4 :]), tuple(d > 1 for d in sizes)
+        return x.reshape(*(d for d in sizes if d != 1), *x.shape[n + 4 :]), tuple(d != 1 for d in sizes)
 
 
 class Grid:
@@ -219,18 +227,15 @@ class Grid:
     def __init__(self, sizes: Sizes, block_q: int, block_k: int):
         self.sizes, self.block_q, self.block_k = sizes, block_q, block_k
         self.query_length, self.key_length = sizes.query_length, sizes.key_length
-        q = np.arange(0, sizes.query_length, block_q, dtype=np.int32)[:, None]
-        k = np.arange(0, sizes.key_length, block_k, dtype=np.int32)[None, :]
-        self.shape = (q.shape[0], k.shape[1])
+        self.shape = (-(-sizes.query_length // block_q), -(-sizes.key_length // block_k))
         rank = (1,) * (len(sizes.batch) + 1)
-        q, k = q.reshape(*rank, *q.shape), k.reshape(*rank, *k.shape)
-        self.q_min, self.q_max = q, np.minimum(q + block_q, sizes.query_length) - 1
-        self.k_min, self.k_max = k, np.minimum(k + block_k, sizes.key_length) - 1
+        self.q_min, self.q_max = (x.reshape(*rank, -1, 1) for x in _ranges(sizes.query_length, block_q))
+        self.k_min, self.k_max = (x.reshape(*rank, 1, -1) for x in _ranges(sizes.key_length, block_k))
 
     def kinds(self, mask: Any) -> Any:
         """The blocks of a mask, int8 `[*batch or 1, heads or 1, query blocks, key blocks]`; numpy where known."""
         kinds = np.int8(2) if mask is None else mask.blocks(self)
-        xp = np if isinstance(kinds, (np.ndarray, np.generic)) else jnp
+        xp = np if isinstance(kinds, (np.ndarray, np.generic)) and all(map(is_known, self.shape)) else jnp
         kinds = xp.asarray(kinds, xp.int8)
         missing = len(self.sizes.batch) + 3 - kinds.ndim
         kinds = kinds.reshape((1,) * missing + kinds.shape)
@@ -247,7 +252,7 @@ class Grid:
         least, most = ((np.all, jnp.all), (np.any, jnp.any)) if array.dtype == np.bool_ else _LEAST_AND_MOST
         for axis, letter in enumerate(axes):
             block = {"t": self.block_q, "s": self.block_k}.get(letter)
-            if block and array.shape[batch_ndim + axis] > 1:
+            if block is not None and array.shape[batch_ndim + axis] != 1:
                 low = _reduce(low, batch_ndim + axis, block, *least)
                 high = _reduce(high, batch_ndim + axis, block, *most)
         shape = [array.shape[batch_ndim + axes.index("h")] if "h" in axes else 1]
@@ -259,25 +264,26 @@ class Grid:
         """Looks at every pair, a block at a time: int8 `[*batch or 1, heads or 1, query blocks, key blocks]`."""
         sizes, n = self.sizes, len(self.sizes.batch)
         leaves = [tile_form(leaf, axes, n, sizes.group) for _, leaf, axes in mask.operands()]
-        per_batch = uses[0] or any(max(leaf.shape[:n], default=1) > 1 for leaf in leaves)
+        per_batch = uses[0] or any(_several(leaf.shape[:n]) for leaf in leaves)
         lanes = sizes.batch if per_batch else (1,) * n
         b = sizes.batch_index() if per_batch else np.zeros(lanes, np.int32)
         heads = sizes.key_heads if uses[1] else 1
         node = with_leaves(mask, leaves)
 
         def block(i: Array, j: Array) -> Array:
-            q = jnp.minimum(i * self.block_q, max(sizes.query_length - self.block_q, 0))
-            k = jnp.minimum(j * self.block_k, max(sizes.key_length - self.block_k, 0))
+            first_q, first_k = i * number(self.block_q), j * number(self.block_k)
+            q = jnp.minimum(first_q, number(max(sizes.query_length - self.block_q, 0)))
+            k = jnp.minimum(first_k, number(max(sizes.key_length - self.block_k, 0)))
             spans = (q, min(self.block_q, sizes.query_length)), (k, min(self.block_k, sizes.key_length))
             tile = Tile(sizes, b, lanes, (0, heads), *spans)
             seen = jnp.broadcast_to(node.evaluate(tile), tile.shape)
             seen = seen if uses[1] else seen[..., :1, :, :]
-            fresh = (tile.q >= i * self.block_q) & (tile.k >= j * self.block_k)
+            fresh = (tile.q >= first_q) & (tile.k >= first_k)
             full = jnp.all(seen | ~fresh, axis=(-2, -1))
             some = jnp.any(seen & fresh, axis=(-2, -1))
             return (full.astype(jnp.int8) + some.astype(jnp.int8)).reshape(*lanes, tile.heads if uses[1] else 1)
 
-        rows, columns = (jnp.arange(count, dtype=jnp.int32) for count in self.shape)
+        rows, columns = (jnp.asarray(indices(count)) for count in self.shape)
         kinds = lax.map(lambda i: lax.map(lambda j: block(i, j), columns), rows)
         return jnp.moveaxis(kinds, (0, 1), (-2, -1))
 
@@ -332,10 +338,26 @@ def _has_heads(node: Node) -> bool:
     return any("h" in axes and leaf.ndim >= len(axes) - axes.index("h") for _, leaf, axes in node.operands())
 
 
+def _several(sizes: tuple[Any, ...]) -> bool:
+    """Whether one of the sizes is not 1."""
+    return any(size != 1 for size in sizes)
+
+
+def _ranges(length: Any, block: Any) -> tuple[Any, Any]:
+    """The first and the last index of each block."""
+    first = indices(-(-length // block)) * number(block)
+    least = np.minimum if is_known(length) else jnp.minimum
+    return first, least(first + number(block - 1), number(length - 1))
+
+
 def _reduce(x: Any, axis: int, block: int, with_numpy: Any, with_jax: Any) -> Any:
     """Reduces runs of `block` along an axis; the last run is filled up with its last value."""
-    known = isinstance(x, np.ndarray)
-    short = -x.shape[axis] % block
+    known, length = isinstance(x, np.ndarray), x.shape[axis]
+    if not is_known(length):
+        count = -(-length // block)
+        x = jnp.take(x, jnp.minimum(indices(count * block), number(length - 1)), axis)
+        return with_jax(x.reshape(*x.shape[:axis], count, block, *x.shape[axis + 1 :]), axis=axis + 1)
+    short = -length % block
     if short:
         widths = [(0, short if i == axis else 0) for i in range(x.ndim)]
         x = np.pad(x, widths, mode="edge") if known else jnp.pad(x, widths, mode="edge")

@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from attnjax.core.program import Problem
+from attnjax.core.symbolic import indices, number
 from attnjax.core.tiles import Tile, from_tile_form, tile_form
 from attnjax.tuning import Blocks
 
@@ -85,7 +86,7 @@ def reduce_to(x: Array, shape: tuple[int, ...]) -> Array:
     Keys first, then the rest, with a barrier between that keeps XLA from making one sum of it: two short sums round
     less than a long one, which shows where the terms cancel (the gradient of a bias that is shared by all pairs).
     """
-    axes = tuple(i for i, (a, b) in enumerate(zip(x.shape, shape, strict=True)) if b == 1 and a > 1)
+    axes = tuple(i for i, (a, b) in enumerate(zip(x.shape, shape, strict=True)) if b == 1 and a != 1)
     if len(axes) > 1:
         x = lax.optimization_barrier(x.sum(axes[-1], keepdims=True))
         axes = axes[:-1]
@@ -148,6 +149,7 @@ class Walk:
         self.lengths = {"t": self.sizes.query_length, "s": self.sizes.key_length}
         self.blocks_of = {"t": self.blocks.block_q, "s": self.blocks.block_k}
         self.counts = {a: -(-self.lengths[a] // self.blocks_of[a]) for a in "ts"}
+        self.ragged = {a: self.lengths[a] % self.blocks_of[a] != 0 for a in "ts"}  # where it is not known, yes
         lanes = (*self.blocks.lanes, self.blocks.lanes_kv)
         sizes = (*self.sizes.batch, self.sizes.key_heads)
         self.chunks = tuple(size // lane for size, lane in zip(sizes, lanes, strict=True))
@@ -158,9 +160,9 @@ class Walk:
         self.visits = _Visits(self.kinds, self)
         return _loop(math.prod(self.chunks), self._chunk, buffers)
 
-    def _chunk(self, number: Any, buffers: list[Array]) -> list[Array]:
+    def _chunk(self, place: Any, buffers: list[Array]) -> list[Array]:
         """One chunk of lanes: slices what is small, walks the query blocks, adds the parts that belong to keys."""
-        index = _unravel(number, self.chunks)
+        index = _unravel(place, self.chunks)
         loaded = [
             None if "t" in axes and "s" in axes and x.size else self._slice(x, axes, _Place(index))
             for x, axes in zip(self.operands, self.axes, strict=True)
@@ -240,10 +242,10 @@ class Walk:
 
     def _fresh(self, tile: Tile, i: Any, j: Any) -> Array | None:
         fresh = None
-        if self.lengths["t"] % self.blocks.block_q and not self.overwrite:
-            fresh = tile.q >= i * self.blocks.block_q
-        if self.lengths["s"] % self.blocks.block_k:
-            keys = tile.k >= j * self.blocks.block_k
+        if self.ragged["t"] and not self.overwrite:
+            fresh = tile.q >= i * number(self.blocks.block_q)
+        if self.ragged["s"]:
+            keys = tile.k >= j * number(self.blocks.block_k)
             fresh = keys if fresh is None else fresh & keys
         return fresh
 
@@ -251,10 +253,10 @@ class Walk:
         return [o for o in self.outputs if o.by_row or o.by_pair]
 
     def _start(self, letter: str, block: Any) -> Any:
-        start, last = block * self.blocks_of[letter], self.lengths[letter] - self.blocks_of[letter]
+        start, last = block * number(self.blocks_of[letter]), self.lengths[letter] - self.blocks_of[letter]
         if isinstance(start, int):
             return min(start, last)
-        return jnp.minimum(start, last) if self.lengths[letter] % self.blocks_of[letter] else start
+        return jnp.minimum(start, number(last)) if self.ragged[letter] else start
 
     def _bounds(self, shape: tuple, axes: str, place: _Place) -> tuple[list, list]:
         """Start and size of a chunk's part of an array in operand form; axes of size 1 are taken whole."""
@@ -306,10 +308,10 @@ class Walk:
             return part if math.prod(self.chunks) == 1 and not o.by_pair else buffer + part
         if not self.overwrite:
             part = _dynamic_slice(buffer, starts, sizes) + part
-        elif self.lengths["t"] % self.blocks.block_q:  # rows of the block before are not this block's to write
+        elif self.ragged["t"]:  # rows of the block before are not this block's to write
             axis = self.n + o.axes.index("t")
-            row = place.q_start + np.arange(self.blocks.block_q, dtype=np.int32)
-            new = (row >= place.i * self.blocks.block_q).reshape([-1 if a == axis else 1 for a in range(part.ndim)])
+            new = place.q_start + indices(self.blocks.block_q) >= place.i * number(self.blocks.block_q)
+            new = new.reshape([-1 if a == axis else 1 for a in range(part.ndim)])
             part = jnp.where(new, part, _dynamic_slice(buffer, starts, sizes))
         return lax.dynamic_update_slice(buffer, part, [jnp.asarray(x, jnp.int32) for x in starts])
 
@@ -329,24 +331,23 @@ class _Visits:
     """For each chunk and query block, the list of key blocks to visit: partial ones first, then full ones."""
 
     def __init__(self, kinds: Any, walk: Walk):
-        known = isinstance(kinds, np.ndarray)
+        known = isinstance(kinds, np.ndarray)  # then the lengths are known, too
         xp = np if known else jnp
         n, lanes, sizes = walk.n, (*walk.blocks.lanes, walk.blocks.lanes_kv), walk.sizes
-        if kinds.shape[n] > 1:
+        if kinds.shape[n] != 1:
             kinds = kinds.reshape(*kinds.shape[:n], sizes.key_heads, sizes.group, *kinds.shape[-2:])
         else:
             kinds = kinds[..., None, :, :]
         low, high = kinds.min(n + 1), kinds.max(n + 1)
         for axis, lane in enumerate(lanes):
-            if low.shape[axis] > 1:
+            if low.shape[axis] != 1 and lane != 1:
                 split = lambda x, axis=axis, lane=lane: x.reshape(*x.shape[:axis], -1, lane, *x.shape[axis + 1 :])
                 low, high = split(low).min(axis + 1), split(high).max(axis + 1)
-        ragged = np.zeros((*(1,) * (low.ndim - 2), *low.shape[-2:]), bool)
-        if walk.lengths["t"] % walk.blocks.block_q and not walk.overwrite:
-            ragged[..., -1, :] = True
-        if walk.lengths["s"] % walk.blocks.block_k:
-            ragged[..., -1] = True
-        full = (low == 2) & ~ragged
+        full = low == 2
+        if walk.ragged["t"] and not walk.overwrite:
+            full = full & _all_but_the_last(low.shape[-2])[:, None]
+        if walk.ragged["s"]:
+            full = full & _all_but_the_last(low.shape[-1])
         partial = (high > 0) & ~full
         # Stable order: partial 0, full 1, empty 2.
         rank = xp.where(partial, 0, xp.where(full, 1, 2))
@@ -362,7 +363,7 @@ class _Visits:
             self.any_partial = not self.any_full
 
     def _at(self, array: Any, index: tuple, i: Any) -> Any:
-        where = [c if size > 1 else 0 for c, size in zip(index, array.shape, strict=False)]
+        where = [c if size != 1 else 0 for c, size in zip(index, array.shape, strict=False)]
         if array.ndim > len(index):
             where.append(i)
         return tuple(where)
@@ -379,6 +380,10 @@ class _Visits:
             return (0, 1) if self.any_full else (1, 1)
         partial, visited = (jnp.asarray(x)[self._at(x, index, i)] for x in (self.partial, self.visited))
         return partial, visited
+
+
+def _all_but_the_last(count: Any) -> Any:
+    return indices(count) < number(count - 1)
 
 
 def _flip(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -402,14 +407,14 @@ def _loop(count: Any, body: Callable, carry: Any, start: Any = 0) -> Any:
         return body(start, carry)
     if isinstance(count, int) and isinstance(start, int) and count == start:
         return carry
-    return lax.fori_loop(jnp.int32(start), jnp.int32(count), body, carry)
+    return lax.fori_loop(jnp.int32(start), jnp.int32(number(count)), body, carry)
 
 
-def _unravel(number: Any, sizes: tuple[int, ...]) -> tuple:
+def _unravel(place: Any, sizes: tuple[int, ...]) -> tuple:
     index = []
     for size in reversed(sizes):
-        index.append(0 if size == 1 else number % size)
-        number = number // size
+        index.append(0 if size == 1 else place % number(size))
+        place = place // number(size)
     return tuple(reversed(index))
 
 
@@ -421,7 +426,7 @@ def _dynamic_slice(x: Any, starts: list, sizes: Any) -> Any:
     return lax.dynamic_slice(x, [jnp.asarray(s, jnp.int32) for s in starts], sizes)
 
 
-def _cut_batch(index: np.ndarray, starts: list, lanes: tuple[int, ...]) -> Any:
+def _cut_batch(index: Any, starts: list, lanes: tuple[int, ...]) -> Any:
     sizes = [1 if d == 1 else lane for d, lane in zip(index.shape, lanes, strict=True)]
     starts = [0 if d == 1 else s for d, s in zip(index.shape, starts, strict=True)]
     if all(isinstance(s, int) for s in starts):

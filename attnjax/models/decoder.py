@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
 from attnjax.cache import KVCache
+from attnjax.core.symbolic import indices
 from attnjax.masks import Causal, Segments, Window
 from attnjax.models.checks import (
     check_caches,
@@ -218,7 +218,7 @@ class DecoderLM(nnx.Module):
         if placed is None and caches is not None:
             placed = caches[0].positions(count)
         elif placed is None:
-            placed = np.arange(count, dtype=np.int32) if ids is None else restarting(jnp.asarray(ids))
+            placed = indices(count) if ids is None else restarting(jnp.asarray(ids))
         random: dict[str, Any] = dict(deterministic=deterministic, rngs=rngs)
         made = self.stack(
             self.dropout(self.embed(tokens, placed), **random),

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
 from attnjax.core.checks import check_count
+from attnjax.core.symbolic import indices
 from attnjax.masks import Mask, Segments, Window, as_mask
 from attnjax.models.checks import (
     check_choice,
@@ -164,7 +164,7 @@ class Encoder(nnx.Module):
         check_like_tokens("Encoder", "segments", segments, tokens)
         if types is not None and self.types is None:
             raise ValueError("Encoder: types were given to a model without: make it with num_types=.")
-        placed: Any = np.arange(tokens.shape[-1], dtype=np.int32) if segments is None else restarting(segments)
+        placed: Any = indices(tokens.shape[-1]) if segments is None else restarting(segments)
         if segments is not None:
             own = Segments(segments)
             mask = own if mask is None else own & as_mask(mask)

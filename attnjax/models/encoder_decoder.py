@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
 from attnjax.cache import KVCache
 from attnjax.core.node import describe
+from attnjax.core.symbolic import indices
 from attnjax.masks import Lengths
 from attnjax.models.checks import check_caches, check_config, check_positions, check_tokens, given
 from attnjax.models.layers import TokenEmbedding
@@ -190,7 +190,7 @@ class Transformer(nnx.Module):
         check_caches("Transformer", caches, tokens, lengths, self.config.max_length)
         _check_memory(memory, tokens)
         count = tokens.shape[-1]
-        placed: Any = np.arange(count, dtype=np.int32) if caches is None else caches[0].positions(count)
+        placed: Any = indices(count) if caches is None else caches[0].positions(count)
         random: dict[str, Any] = dict(deterministic=deterministic, rngs=rngs)
         made = self.decoder(
             self.dropout(self.embed(tokens, placed), **random),
@@ -224,7 +224,7 @@ class Transformer(nnx.Module):
 
     def _encoded(self, source: Array, lengths: Array | None, **random: Any) -> Array:
         check_tokens("Transformer", "source", source, self.config.max_length)
-        placed: Any = np.arange(source.shape[-1], dtype=np.int32)
+        placed: Any = indices(source.shape[-1])
         x = self.dropout(self.embed(source, placed), **random)
         x = self.encoder(x, lengths=lengths, **random)
         return x if self.encoder_norm is None else self.encoder_norm(x)
