@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from attnjax.core.program import Problem
-from attnjax.core.softmax import Rows, finite, inverse, log_sum_exp
+from attnjax.core.softmax import Rows, finite, inverse, log_sum_exp, tainted
 from attnjax.core.split import Split, entry_of
 from attnjax.core.view import View, unit
 from attnjax.core.visits import Kinds, Lists, block_kinds, visits
@@ -63,7 +63,9 @@ class Parts:
             named = {"highest": finite(rows.highest) * unit(self.problem), "delta": delta * share, "share": share}
         else:
             named = {"highest": finite(log_sum_exp(rows.highest, rows.total)) * unit(self.problem), "delta": delta}
-        named["ct_out"] = ct_out.astype(self.problem.dtype)
+        named["ct_out"] = ct_out = ct_out.astype(self.problem.dtype)
+        if self.problem.program.mask:  # who sees such a query has it by way of its weights
+            named["highest"] = tainted(named["highest"], delta, ct_out)
         n = len(self.batch)
         self.given |= {name: x.reshape(self.entries, *x.shape[n:]) for name, x in named.items()}
 
@@ -117,13 +119,21 @@ class Parts:
             self._store(ref, (b, rows, head, column), chunk, inside if all_ else inside & (column < ref.shape[-1]))
 
     def view(
-        self, refs: Refs, at: tuple[Any, Any], q: Array, k: Array, raw: Array, masked: bool, known: dict[int, Array]
+        self,
+        refs: Refs,
+        at: tuple[Any, Any],
+        q: Array,
+        k: Array,
+        raw: Array,
+        masked: bool,
+        known: dict[int, Array],
+        taint: Array | None = None,
     ) -> View:
         """A tile; the pieces of the mask are loaded only where it is needed, those that are `known` are loaded."""
         pieces = range(len(self.split.pieces))
         needed = [n for n in pieces if n not in known and (masked or n not in self.split.of_mask)]
         loaded = known | {n: self.piece(refs, n, *at, q, k) for n in needed}
-        return View(self.split, at, q, k, [loaded.get(n) for n in pieces], raw, masked)
+        return View(self.split, at, q, k, [loaded.get(n) for n in pieces], raw, masked, taint)
 
     def piece(self, refs: Refs, n: int, b: Any, h: Any, q: Array, k: Array) -> Array:
         """A piece at these pairs."""

@@ -172,6 +172,15 @@ def row_delta(rows: Rows, ct_out: Array, ct_lse: Array) -> Array:
     return (ct_out.astype(accumulate) * rows.out.astype(accumulate)).sum(-1) - ct_lse
 
 
+def tainted(highest: Array, delta: Array, ct_out: Array) -> Array:
+    """Highest, and NaN for rows of which delta, or the cotangent of out, is not finite.
+
+    Kernels sum such rows without what is not finite in them, so that it stays with those who see it: they have it from
+    the weights, which are made with `highest`.
+    """
+    return jnp.where(jnp.isfinite(delta) & jnp.isfinite(ct_out).all(-1), highest, jnp.nan)
+
+
 def sink_gradient(sinks: Array, rows: Rows, delta: Array, shape: tuple[int, ...]) -> Array:
     """The gradient of the sinks, summed over the batch axes that have size 1 in `shape`."""
     gradient = (-sink_weight(sinks, rows) * delta).sum(-2)

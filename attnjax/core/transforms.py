@@ -24,10 +24,10 @@ from jax.interpreters import ad
 from attnjax.core.context import own_settings
 from attnjax.core.dispatch import choose, shares
 from attnjax.core.mesh_types import Operand, check_positions, placed_as, result_types, untyped, vary_together
+from attnjax.core.primitives import lead, register
 from attnjax.core.program import Problem
 from attnjax.core.sharding import shared_out, tell_devices
 from attnjax.core.softmax import Rows, finite, log_sum_exp
-from attnjax.core.sweep import lead, register
 from attnjax.core.walk import push
 
 Array = jax.Array

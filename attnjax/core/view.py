@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from attnjax.core.operations import HARMLESS
@@ -40,22 +42,32 @@ def _settled(logits: Array, interpreted: bool) -> Array:
 class View:
     """The logits of a tile, with queries along one of its axes and keys along the other: q and k are [r, 1] and [1, c].
 
-    Both may be whole tiles, where neither `seen` nor `seeing` is asked for.
+    Both may be whole tiles.
 
-    In a masked tile not every pair counts. What is hidden may hold NaN, and a weight of 0 times NaN is NaN: so where
-    something is summed over keys, those that no query of the tile sees are put to 0, and the other way round.
+    In a masked tile not every pair counts. What is hidden may hold NaN, and a weight of 0 times NaN is NaN. So where
+    rows are summed, numbers that are not finite are 0 (`finite`), and those who see them have NaN as logits or weights.
 
     Attributes:
       logits: times `unit`, -inf where the query does not see the key.
     """
 
     def __init__(
-        self, split: Split, at: tuple[Any, Any], q: Array, k: Array, values: list[Any], raw: Array, masked: bool
+        self,
+        split: Split,
+        at: tuple[Any, Any],
+        q: Array,
+        k: Array,
+        values: list[Any],
+        raw: Array,
+        masked: bool,
+        taint: Array | None = None,
     ):
-        """`at`: batch entry and head; `values`: the tile's part of every piece; `raw`: the product of query and key."""
+        """`at`: batch entry and head; `values`: the tile's part of every piece; `raw`: the product of query and key.
+
+        `taint` is added to the logits of a masked tile before the mask: see `taint`.
+        """
         program, sizes = split.problem.program, split.problem.sizes
         self._tile: PairTile = split.tile(q, k, *at, values)
-        self._query_axis = 0 if q.shape[1] == 1 else 1
         self._scored, self._hides = bool(program.scores), program.hides(split.problem.accumulate)
         self._visible = None
         if masked:
@@ -69,15 +81,16 @@ class View:
             logits = raw * (program.scale * unit(split.problem))
         if split.problem.dtype == "float32":
             logits = _settled(logits, getattr(split.problem.config, "interpret", False))
+        if masked and taint is not None:
+            logits = logits + taint
         self.logits = self.hidden(logits, -jnp.inf)
 
-    def seen(self, rows: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Rows by key [k, *], in chunks, 0 for keys that no query sees."""
-        return self._some(rows, self._query_axis)
-
-    def seeing(self, rows: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Rows by query [q, *], in chunks, 0 for queries that see no key."""
-        return self._some(rows, 1 - self._query_axis)
+    def finite(self, rows: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Rows, in chunks, of which a masked tile has the finite numbers only, and 0 for others."""
+        if self._visible is None:
+            return rows
+        kept = lambda x: lax.bitcast_convert_type(_bits(x) & _are_finite(x), x.dtype)
+        return tuple(map(kept, rows))
 
     def drop(self, weights: Array) -> Array:
         """Dropout applied to the tile's weights."""
@@ -95,12 +108,22 @@ class View:
         """The pairs of a tile, with the value where the query does not see the key."""
         return pairs if self._visible is None else jnp.where(self._visible, pairs, value)
 
-    def _some(self, rows: tuple[Array, ...], over: int) -> tuple[Array, ...]:
-        if self._visible is None:
-            return rows
-        some = self._visible.astype(jnp.int32).max(over).reshape(-1, 1)
-        # On their bits: Triton moves what selects to where the product needs its operand, which fails for booleans.
-        bits = jnp.int16 if rows[0].dtype.itemsize == 2 else jnp.int32
-        kept = (-some).astype(bits)
-        zeroed = lambda x: lax.bitcast_convert_type(x, bits) & jnp.broadcast_to(kept, x.shape)
-        return tuple(lax.bitcast_convert_type(zeroed(x), x.dtype) for x in rows)
+
+def taint(rows: tuple[Array, ...]) -> Array:
+    """NaN for each of the rows [k, *], in chunks, that is not finite throughout, and 0 for others; [1, k]."""
+    finite = [_are_finite(x).astype(jnp.int32).max(1) for x in rows]
+    return jnp.where(functools.reduce(jnp.maximum, finite) < 0, 0.0, jnp.nan).reshape(1, -1)
+
+
+def _are_finite(x: Array) -> Array:
+    """-1, all bits, for finite numbers, and 0.
+
+    By arithmetic: Triton moves what selects to where the product needs its operand, which fails for booleans.
+    """
+    bits = _bits(x)
+    infinity = np.asarray(np.inf, x.dtype).view(bits.dtype)[()]
+    return (bits & infinity) - infinity >> (8 * bits.dtype.itemsize - 1)
+
+
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.int16 if x.dtype.itemsize == 2 else jnp.int32)

@@ -66,19 +66,6 @@ class Visit:
     only: bool  # whether it is the only tile of its row, so that the state before it is empty
     derived: bool = False  # whether a derivative or transpose of the step is being formed
 
-    def dot(self, spec: str, a: Array, b: Array) -> Array:
-        """An einsum with float32 (float64) accumulation; `spec` is written without the lanes."""
-        left, result = spec.split("->")
-        x, y = left.split(",")
-        exact = lax.Precision.HIGHEST if self.product in (jnp.float32, jnp.float64) else None
-        return jnp.einsum(
-            f"...{x},...{y}->...{result}",
-            a.astype(self.product),
-            b.astype(self.product),
-            precision=exact,
-            preferred_element_type=self.accumulate,
-        )
-
 
 def reduce_to(x: Array, shape: tuple[int, ...]) -> Array:
     """Sums over the axes in which `shape` has size 1 and `x` has more.

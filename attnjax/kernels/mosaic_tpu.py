@@ -18,11 +18,11 @@ import numpy as np
 from jax import lax
 
 from attnjax.core.checks import number_of
-from attnjax.core.mosaic import LANES, Here, Loaded, Loop, column, wide
+from attnjax.core.mosaic import LANES, Here, Loaded, Loop, wide
 from attnjax.core.operations import HARMLESS
 from attnjax.core.program import Problem
 from attnjax.core.residual import NotSplittable
-from attnjax.core.softmax import Rows, finite, inverse, row_delta, settled, sink_gradient
+from attnjax.core.softmax import Rows, finite, inverse, row_delta, settled, sink_gradient, tainted
 from attnjax.core.split import PairTile, Split, summed, widened
 from attnjax.core.steps import MOST_BLOCKS, steps
 from attnjax.core.tables import tuned
@@ -171,7 +171,7 @@ def _forward(here: Here, q: Any, k: Any, v: Any, out: Any, softmax: Any, summed:
     @here.visit
     def _(pairs: PairTile, masked: bool) -> None:
         tile = _Tile(here.loop, pairs, masked)
-        logits = tile.logits(q[...], k[...])
+        logits = tile.logits(q[...], k[...], v[...])
         before = top[...]
         highest = jnp.maximum(before, logits.max(1, keepdims=True))
         safe = finite(highest)
@@ -179,7 +179,7 @@ def _forward(here: Here, q: Any, k: Any, v: Any, out: Any, softmax: Any, summed:
         shrink = _exp(before - safe, factor)
         top[...] = highest
         total[...] = shrink * total[...] + weights.sum(1, keepdims=True)
-        values = tile.seen(v[...], weights)
+        values = tile.finite(v[...])
         more = _dot(pairs.drop(weights).astype(values.dtype), values, 1, 0)
         summed[...] = wide(shrink, summed.shape[1]) * summed[...] + more
 
@@ -230,7 +230,10 @@ class _Backward:
         self.pieces = self.split.wanted(tuple(scores))
         share = inverse(rows.total)
         ct_out = (ct_out.astype(jnp.float32) * share[..., None]).astype(problem.dtype)
-        per_query = jnp.stack([finite(rows.highest) / _factor(problem), delta * share], -3)
+        highest = finite(rows.highest) / _factor(problem)
+        if problem.program.mask:  # who sees such a query has it by way of its weights
+            highest = tainted(highest, delta, ct_out)
+        per_query = jnp.stack([highest, delta * share], -3)
         per_query = jnp.moveaxis(per_query, (-1, -3), (-3, -2))  # [*batch, N, 2, T]
         # What the last block has too much must be numbers: they are of queries that see nothing.
         short = -problem.sizes.query_length % self.tiles[0]
@@ -310,8 +313,8 @@ def _queries(here: Here, q: Any, k: Any, v: Any, ct_out: Any, rows: Any, d_q: An
     def _(pairs: PairTile, masked: bool) -> None:
         tile = _Tile(here.loop, pairs, masked)
         top, delta = (wide(ref[...], here.loop.shape[1]) for ref in here.rows)
-        weights, d_raw, d_values = tile.derived(q[...], k[...], v[...], ct_out[...], top, delta)
-        keys = tile.seen(k[...], weights)
+        _, d_raw, d_values = tile.derived(q[...], k[...], v[...], ct_out[...], top, delta)
+        keys = tile.finite(k[...])
         d_sum[...] += _dot(d_raw.astype(keys.dtype), keys, 1, 0)
         for ref, d in zip(d_sums, d_values, strict=True):
             ref[...] += d.sum(1, keepdims=True)
@@ -338,7 +341,7 @@ def _keys(here: Here, q: Any, k: Any, v: Any, ct_out: Any, rows: Any, d_k: Any, 
         tile = _Tile(here.loop, pairs, masked)
         top, delta = rows[0:1], rows[1:2]
         weights, d_raw, d_values = tile.derived(q[...], k[...], v[...], ct_out[...], top, delta)
-        queries, cotangents = tile.seen(q[...], weights), tile.seen(ct_out[...], weights)
+        queries, cotangents = tile.finite(q[...]), tile.finite(ct_out[...])
         v_sum[...] += _dot(pairs.drop(weights).astype(cotangents.dtype), cotangents, 1, 0)
         k_sum[...] += _dot(d_raw.astype(queries.dtype), queries, 1, 0)
         for ref, d in zip(d_sums, d_values, strict=True):
@@ -399,21 +402,24 @@ class _Tile:
         raw = raw * self.program.scale if self.factor == 1 else raw
         return self._hidden(raw, HARMLESS) if self.program.scores else raw
 
-    def logits(self, q: Array, k: Array) -> Array:
-        """The logits, -inf where the query does not see the key."""
-        return self._hidden(self._modified(self._raw(q, k)), -jnp.inf)
+    def logits(self, q: Array, k: Array, v: Array) -> Array:
+        """The logits, -inf where the query does not see the key; NaN of keys whose values are not all finite."""
+        logits = self._modified(self._raw(q, k))
+        if not self.masked:
+            return logits
+        # How many of them there are as a row: a product with ones.
+        others = jnp.where(_is_finite(v), 0.0, 1.0).astype(jnp.bfloat16)
+        count = _dot(jnp.ones((16, v.shape[1]), jnp.bfloat16), others, 1, 1)[:1]
+        return self._hidden(logits + jnp.where(count == 0, 0.0, jnp.nan), -jnp.inf)
 
     def _modified(self, raw: Array) -> Array:
         """The logits after scores. A TPU does not contract products and differences; XLA does where it interprets."""
         logits, config = self.pairs.modify(raw), self.loop.problem.config or Config()
         return settled(logits) if config.interpret else logits
 
-    def seen(self, rows: Array, weights: Array) -> Array:
-        """Rows [lanes of the tile, *], 0 where they have no weight in a masked tile: they may hold NaN."""
-        if not self.masked:
-            return rows
-        some = wide(column(weights.max(0, keepdims=True)), rows.shape[1])
-        return jnp.where(some > 0, rows.astype(jnp.float32), 0.0).astype(rows.dtype)
+    def finite(self, rows: Array) -> Array:
+        """Rows [lanes of the tile, *], of a masked tile with 0 in place of what is not finite: it may be hidden."""
+        return jnp.where(_is_finite(rows), rows.astype(jnp.float32), 0.0).astype(rows.dtype) if self.masked else rows
 
     def derived(
         self, q: Array, k: Array, v: Array, ct_out: Array, top: Array, delta: Array
@@ -492,6 +498,10 @@ def _factor(problem: Problem) -> float:
 def _exp(x: Array, factor: float) -> Array:
     """exp(factor x)."""
     return jnp.exp(x) if factor == 1 else jnp.exp2(x * (factor * _LOG2E))
+
+
+def _is_finite(x: Array) -> Array:
+    return jnp.abs(x.astype(jnp.float32)) < jnp.inf
 
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:

@@ -6,12 +6,14 @@ Its derivatives are JAX's own, of the plain formula, so that they check the tile
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from attnjax.core.operations import HARMLESS
+from attnjax.core.products import product
 from attnjax.core.program import Problem
 from attnjax.core.softmax import Rows, finite, inverse, log_sum_exp, settled
 from attnjax.core.tiles import Tile, from_tile_form, tile_form
@@ -45,14 +47,11 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
     tile = Tile(sizes, sizes.batch_index(), sizes.batch, *spans)
     seen = program.visible(tile, parts)
     query, key, value = parts[0][..., 0, :], parts[1][..., 0, 0, :, :], parts[2][..., 0, 0, :, :]
-    if seen is not None:  # what nobody sees may hold anything, even NaN
-        # The barrier keeps XLA from computing with a constant mask while it compiles, pair by pair.
+    if seen is not None:  # the barrier keeps XLA from computing with a constant mask while it compiles, pair by pair
         seen = jax.lax.optimization_barrier(jnp.broadcast_to(seen, tile.shape))
-        query = jnp.where(seen.any(-1)[..., None], query, 0)
-        unseen = ~seen.any((-3, -2))[..., None]
-        key, value = jnp.where(unseen, 0, key), jnp.where(unseen, 0, value)
-    query = query * program.scale
-    logits = jnp.einsum("...kgth,...ksh->...kgts", query, key, precision=jax.lax.Precision.HIGHEST)
+    # What the mask hides has no part in them: it may hold anything, even NaN.
+    multiply = partial(product, visible=seen, factors=problem.accumulate, accumulate=problem.accumulate)
+    logits = multiply("kgth,ksh->kgts", query * program.scale, key)
     logits, seen = _scored(problem, logits, tile, [parts[i] for i in program.score_positions()], seen)
     logits = settled(logits)
     logits = logits if seen is None else jnp.where(seen, logits, -jnp.inf)
@@ -66,7 +65,7 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
     if program.sinks:
         total = total + jnp.exp(sinks - highest)
     weights = program.drop(weights * inverse(total)[..., None], tile, parts)
-    out = jnp.einsum("...kgts,...ksv->...kgtv", weights, value, precision=jax.lax.Precision.HIGHEST)
+    out = multiply("kgts,ksv->kgtv", weights, value)
     out = from_tile_form(out[..., None, :], "th.", n).astype(problem.dtype)
     out_shape, row_shape = problem.out_shapes()
     rows = (jnp.broadcast_to(from_tile_form(x[..., None], "th", n), row_shape) for x in (highest, total))

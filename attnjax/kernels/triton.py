@@ -32,7 +32,7 @@ from attnjax.core.program import Problem
 from attnjax.core.residual import NotSplittable
 from attnjax.core.softmax import Rows, add_sinks, finite, inverse, merge_rows, row_delta, sink_gradient
 from attnjax.core.split import Split, member_of, summed, widened
-from attnjax.core.view import power, unit
+from attnjax.core.view import power, taint, unit
 from attnjax.core.visits import Kinds, Lists
 from attnjax.tuning import LEAST, Blocks, Tiling, choose_tiling, compiled_for, heads_together, key_splits, power_of_two
 
@@ -352,13 +352,13 @@ def _forward(call: _Call, lists: Lists, refs: Refs) -> None:
         out, highest, total = state
         start, end = block_of(place, masked) * tiling.block_k, sizes.key_length if masked else None
         k, columns = _both(start, tiling.block_k)
-        key = call.rows(refs, "key", b, columns, kv, end)
-        view = call.view(refs, (b, h), q, k, call.inner(query(), key), masked, known)
+        key, value = (call.rows(refs, name, b, columns, kv, end) for name in ("key", "value"))
+        spoilt = taint(value) if masked else None
+        view = call.view(refs, (b, h), q, k, call.inner(query(), key), masked, known, spoilt)
         new = jnp.maximum(highest, view.logits.max(1, keepdims=True))
         safe = finite(new)
         shrink, weights = (power(call.problem, x - safe) for x in (highest, view.logits))
-        value = view.seen(call.rows(refs, "value", b, columns, kv, end))
-        out = call.add(tuple(x * shrink for x in out), view.drop(weights), value)
+        out = call.add(tuple(x * shrink for x in out), view.drop(weights), view.finite(value))
         return out, new, total * shrink + weights.sum(1, keepdims=True)
 
     zeros = jnp.zeros(q.shape, jnp.float32)
@@ -410,7 +410,7 @@ def _backward_query(call: _Call, lists: Lists, refs: Refs, wanted: list[int]) ->
         d_weights = view.drop(call.inner(ct_out(), value))
         d_raw, more = view.pulled(weights * (d_weights - delta), wanted)
         if d_query:
-            d_query = call.add(d_query, d_raw, view.seen(key))
+            d_query = call.add(d_query, d_raw, view.finite(key))
         return d_query, tuple(d + one.astype(jnp.float32) for d, one in zip(d_pieces, more, strict=True))
 
     d_pieces = tuple(jnp.zeros(q.shape, jnp.float32) for _ in wanted)
@@ -443,8 +443,8 @@ def _backward_key(call: _Call, lists: Lists, refs: Refs, wanted: list[int]) -> N
         query = call.rows(refs, "query", b, rows, h, end)
         view = call.view(refs, (b, h), q, k, product(query, key()), masked, known)
         highest, delta = (call.row_values(refs, name, b, q, h) for name in ("highest", "delta"))
-        weights = power(call.problem, view.logits - highest)
-        ct_out = view.seeing(call.cotangents(refs, b, rows, h, end))
+        weights = view.hidden(power(call.problem, view.logits - highest), 0.0)
+        ct_out = view.finite(call.cotangents(refs, b, rows, h, end))
         if d_value:
             d_value = call.add(d_value, view.drop(weights), ct_out, over)
         if d_key or wanted:
@@ -452,7 +452,7 @@ def _backward_key(call: _Call, lists: Lists, refs: Refs, wanted: list[int]) -> N
             d_raw, more = view.pulled(weights * (d_weights - delta), wanted)
             d_pieces = tuple(d + one.astype(jnp.float32) for d, one in zip(d_pieces, more, strict=True))
             if d_key:
-                d_key = call.add(d_key, d_raw, view.seeing(query), over)
+                d_key = call.add(d_key, d_raw, view.finite(query), over)
         return d_key, d_value, d_pieces
 
     def head(n: Any, state: Any) -> Any:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from attnjax.core.checks import check_count
 from attnjax.core.operations import HARMLESS
+from attnjax.core.products import product
 from attnjax.core.program import Problem, Program
 from attnjax.core.softmax import (
     Rows,
@@ -101,11 +102,11 @@ def forward(problem: Problem, operands: list[Array], platform: str) -> Rows:
         view = _View(program, visit, parts, differentiated=False)
         if visit.only:
             highest, weights = first_max(view.logits)
-            out = visit.dot("kgts,ksv->kgtv", view.drop(weights), view.seen(view.value))
+            out = view.sum("kgts,ksv->kgtv", view.drop(weights), view.value)
             return (out, highest, weights.sum(-1)), []
         highest, shrink, weights = merge_max(highest, view.logits)
         total = total * shrink + weights.sum(-1)
-        out = out * shrink[..., None] + visit.dot("kgts,ksv->kgtv", view.drop(weights), view.seen(view.value))
+        out = out * shrink[..., None] + view.sum("kgts,ksv->kgtv", view.drop(weights), view.value)
         return (out, highest, total), []
 
     def finish(state: Any) -> list[Array]:
@@ -227,7 +228,7 @@ class _Softmax:
         *own, highest = parts
         view = _View(self.program, visit, own)
         weights = jnp.exp(view.logits - highest[..., 0, None])
-        out = visit.dot("kgts,ksv->kgtv", view.drop(weights), view.seen(view.value))
+        out = view.sum("kgts,ksv->kgtv", view.drop(weights), view.value)
         return [out[..., None, :], weights.sum(-1, keepdims=True)]
 
 
@@ -257,15 +258,15 @@ class _Tangent:
         view = _View(self.program, visit, own)
         d_raw = jnp.zeros(visit.tile.shape, visit.accumulate)
         if 0 in tangents:
-            d_raw = d_raw + visit.dot("kgth,ksh->kgts", view.scale * view.row(_rows(tangents[0])), view.key)
+            d_raw = d_raw + view.between("kgth,ksh->kgts", view.scale * _rows(tangents[0]), view.key)
         if 1 in tangents:
-            d_raw = d_raw + visit.dot("kgth,ksh->kgts", view.query, view.column(_columns(tangents[1])))
+            d_raw = d_raw + view.between("kgth,ksh->kgts", view.query, _columns(tangents[1]))
         d_leaves = [tangents.get(i) for i in self.program.score_positions()]
         weights = jnp.exp(view.logits - highest[..., 0, None])
         change = weights * view.pushed(d_raw, d_leaves)
-        d_out = visit.dot("kgts,ksv->kgtv", view.drop(change), view.seen(view.value))
+        d_out = view.sum("kgts,ksv->kgtv", view.drop(change), view.value)
         if 2 in tangents:
-            d_out = d_out + visit.dot("kgts,ksv->kgtv", view.drop(weights), view.seen(_columns(tangents[2])))
+            d_out = d_out + view.sum("kgts,ksv->kgtv", view.drop(weights), _columns(tangents[2]))
         return [d_out[..., None, :], change.sum(-1, keepdims=True)]
 
 
@@ -292,17 +293,17 @@ class _Backward:
     def __call__(self, visit: Visit, *parts: Array) -> list[Array]:
         *own, highest, ct_out, delta = parts
         view = _View(self.program, visit, own)
-        ct_out = view.row(_rows(ct_out))
+        ct_out = _rows(ct_out)
         weights = jnp.exp(view.logits - highest[..., 0, None])
-        d_weights = view.drop(visit.dot("kgtv,ksv->kgts", ct_out, view.value))
+        d_weights = view.drop(view.between("kgtv,ksv->kgts", ct_out, view.value))
         d_raw, d_leaves = view.pulled(weights * (d_weights - delta[..., 0, None]), self.wanted)
         made = {}
         if 0 in self.wanted:
-            made[0] = (view.scale * visit.dot("kgts,ksh->kgth", d_raw, view.seen(view.key)))[..., None, :]
+            made[0] = (view.scale * view.sum("kgts,ksh->kgth", d_raw, view.key))[..., None, :]
         if 1 in self.wanted:
-            made[1] = visit.dot("kgth,kgts->khs", view.seeing(view.query), d_raw)[..., None, None, :, :]
+            made[1] = view.sum("kgth,kgts->khs", view.query, d_raw)[..., None, None, :, :]
         if 2 in self.wanted:
-            made[2] = visit.dot("kgtv,kgts->kvs", view.seeing(ct_out), view.drop(weights))[..., None, None, :, :]
+            made[2] = view.sum("kgtv,kgts->kvs", ct_out, view.drop(weights))[..., None, None, :, :]
         made.update(d_leaves)
         return [made[i] for i in self.wanted]
 
@@ -310,19 +311,18 @@ class _Backward:
 class _View:
     """A tile as the formulas see it: query (scaled), key, value, and the logits after scores and mask.
 
-    Padding may hold anything, even NaN, and a weight of 0 times NaN is NaN. So what is summed over keys goes through
-    `seen`, what is summed over queries through `seeing`: they put 0 where no query sees the key, and where the query
-    sees no key. Logits need no such care, because the mask replaces those that are not seen; but their derivatives
-    do, so where a derivative of the tile is formed (`row`, `column`) everything goes through them.
+    Rows that do not see each other must not reach each other, whatever they hold, even NaN. So a sum over keys, or
+    queries, is a `sum`: in it hidden pairs have no part. Logits need no such care, because the mask replaces those that
+    are not seen; but their derivatives do, so where a derivative of the tile is formed (`between`) they are 0.
     """
 
     def __init__(self, program: Program, visit: Visit, own: list[Array], differentiated: bool = True):
         """`differentiated`: whether the scores' derivatives are asked for, which are 0 at pairs that do not count."""
         self.program, self.visit, self.own, self.scale = program, visit, own, program.scale
         self.visible = _visible(program, visit, own)
-        self.query = self.row(_rows(own[0])) * program.scale
-        self.key, self.value = self.column(_columns(own[1])), self.column(_columns(own[2]))
-        self.raw = visit.dot("kgth,ksh->kgts", self.query, self.key)
+        self.query = _rows(own[0]) * program.scale
+        self.key, self.value = _columns(own[1]), _columns(own[2])
+        self.raw = self.between("kgth,ksh->kgts", self.query, self.key)
         self.leaves = [own[i] for i in program.score_positions()]
         self.tile, self.counted = visit.tile, self.visible
         if program.scores:
@@ -346,26 +346,16 @@ class _View:
         """Pairs [..., K, G, t, s], `hidden` where the query does not see the key."""
         return pairs if self.visible is None else jnp.where(self.visible, pairs, hidden)
 
-    def row(self, rows: Array) -> Array:
-        """`seeing`, where a derivative is formed."""
-        return self.seeing(rows) if self.visit.derived else rows
+    def between(self, spec: str, rows: Array, columns: Array) -> Array:
+        """The product of each row by query with each row by key."""
+        return self._product(spec, rows, columns, self.visible if self.visit.derived else None)
 
-    def column(self, columns: Array) -> Array:
-        """`seen`, where a derivative is formed."""
-        return self.seen(columns) if self.visit.derived else columns
+    def sum(self, spec: str, a: Array, b: Array) -> Array:
+        """A sum over keys, or queries, of pairs times rows."""
+        return self._product(spec, a, b, self.visible)
 
-    def seeing(self, rows: Array) -> Array:
-        """Rows [..., K, G, t, *], 0 where the query sees nothing in this tile."""
-        if self.visible is None:
-            return rows
-        return jnp.where(self.visible.any(-1, keepdims=True), rows, jnp.zeros_like(rows))
-
-    def seen(self, columns: Array) -> Array:
-        """Columns [..., K, s, *], 0 where no query of the tile sees the key."""
-        if self.visible is None:
-            return columns
-        some = self.visible.any((-3, -2))[..., None]
-        return jnp.where(some, columns, jnp.zeros_like(columns))
+    def _product(self, spec: str, a: Array, b: Array, visible: Array | None) -> Array:
+        return product(spec, a, b, visible, factors=self.visit.product, accumulate=self.visit.accumulate)
 
     def drop(self, weights: Array) -> Array:
         return self.program.drop(weights, self.visit.tile, self.own)
