@@ -21,6 +21,7 @@ from attnjax.models import (
     TransformerConfig,
     VisionConfig,
     VisionTransformer,
+    generate,
 )
 from attnjax.nn import DecoderBlock, RoPE, Stack
 
@@ -30,6 +31,7 @@ KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 MESHES = {kind: jax.make_mesh((2, 4), ("data", "model"), axis_types=(own,) * 2) for kind, own in KINDS.items()}
 RULES = dict(embed=None, heads="model", key_heads="model", size=None, mlp="model", vocab="model", layers=None)
 FEW_KEY_HEADS = RULES | {"key_heads": None}  # fewer than devices: each has all of them
+BY_DATA = FEW_KEY_HEADS | {"embed": "data"}  # every parameter is divided with the data, those of norms too
 MOVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[-\w]*\("
 rng = np.random.default_rng(0)
 x, context = (jnp.asarray(rng.normal(size=(4, length, 16)), jnp.float32) for length in (12, 8))
@@ -50,8 +52,8 @@ def parts(array):
 
 
 def report(name, got, want, **facts):
-    differ = lambda a, b: float(jnp.abs(np.asarray(a) - b).max() / (1 + jnp.abs(b).max()))
-    error = max(differ(a, b) for a, b in zip(jax.tree.leaves(got), want, strict=True))
+    pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(jax.tree.leaves(got), want, strict=True)]
+    error = max(float(np.abs(a - b).max() / (1 + np.abs(b).max())) for a, b in pairs)
     print(json.dumps({"name": name, "error": error} | facts))
 
 
@@ -59,16 +61,17 @@ def divided(arrays, mesh):
     return [jax.device_put(array, NamedSharding(mesh, P("data"))) for array in arrays]
 
 
+wanted = {}
 for name, (kind, scan) in {
     "loop": ("auto", False),
     "scan": ("auto", True),
-    "placed when made": ("auto", False),
     "explicit, scan": ("explicit", True),
     "explicit, placed when made": ("explicit", False),
 }.items():
     mesh = MESHES[kind]
     graph, params, rest = nnx.split(Stack(make, 2, scan=scan, rngs=nnx.Rngs(0)), nnx.Param, ...)
-    want = jax.tree.leaves(jax.jit(gradients)(params, x, context))
+    if scan not in wanted:
+        wanted[scan] = jax.tree.leaves(jax.jit(gradients)(params, x, context))
     with nnx.logical_axis_rules(RULES.items()):
         if "placed when made" in name:
             with jax.set_mesh(mesh):
@@ -84,7 +87,7 @@ for name, (kind, scan) in {
     kernels["norm"] = block["attention_norm"]["scale"]
     facts = {key: parts(variable[...]) for key, variable in kernels.items()} | {"x": parts(got[1][0])}
     moves = collections.Counter(re.findall(MOVES, compiled.as_text()))
-    report(name, got, want, parts=facts, moves=moves)
+    report(name, got, wanted[scan], parts=facts, moves=moves)
 
 
 def decoded(model, tokens):
@@ -103,28 +106,35 @@ decoder = lambda **more: lambda: DecoderLM(DecoderConfig(24, num_layers=1, **sma
 translator = TransformerConfig(24, **small, hidden=32, encoder_layers=1, decoder_layers=1, dropout=0.0)
 vision = VisionConfig((4, 4), (2, 2), 8, num_layers=1, channels=1, **small)
 call = lambda model, *inputs: model(*inputs)
+grouped = decoder(positions=RoPE(), key_heads=2)
+ring = decoder(positions=RoPE(), key_heads=2, tie_embeddings=False, windows=(3,))
 MODELS = {
-    "learned positions, tied": (decoder(max_length=8), call, [tokens]),
-    "packed": (decoder(positions=RoPE(), key_heads=2), lambda m, x: m(x, segments=x // 12), [tokens]),
-    "caches": (decoder(positions=RoPE(), key_heads=2, tie_embeddings=False), decoded, [tokens]),
-    "encoder and decoder": (lambda: Transformer(translator, rngs=nnx.Rngs(0)), call, [tokens, tokens]),
-    "vision": (lambda: VisionTransformer(vision, rngs=nnx.Rngs(0)), call, [images]),
+    "packed": (grouped, lambda m, x: m(x, segments=x // 12), [tokens], {}),
+    "learned positions, tied": (decoder(max_length=8), call, [tokens], FEW_KEY_HEADS),
+    "caches": (grouped, decoded, [tokens], FEW_KEY_HEADS),
+    "rings": (ring, decoded, [tokens], BY_DATA),
+    "encoder and decoder": (lambda: Transformer(translator, rngs=nnx.Rngs(0)), call, [tokens, tokens], FEW_KEY_HEADS),
+    "vision": (lambda: VisionTransformer(vision, rngs=nnx.Rngs(0)), call, [images], FEW_KEY_HEADS),
 }
 
 
-def compare(name, make, call, inputs):
+def compare(name, make, call, inputs, rules):
     graph, params, rest = nnx.split(make(), nnx.Param, ...)
-    logits = lambda params, *inputs: call(nnx.merge(graph, params, rest), *inputs)
-    step = jax.jit(jax.value_and_grad(lambda *args: jnp.sin(logits(*args)).sum()))
+
+    def loss(params, *inputs):
+        logits = call(nnx.merge(graph, params, rest), *inputs)
+        return jnp.sin(logits).sum(), logits
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     want = jax.tree.leaves(step(params, *inputs))
-    data = divided(inputs, MESHES["explicit"])
-    with jax.set_mesh(MESHES["explicit"]):
-        for parameters, rules in {"whole": {}, "divided": FEW_KEY_HEADS}.items():
-            with nnx.logical_axis_rules(rules.items()):
-                placed = nnx.state(make(), nnx.Param)
-            batch = jax.eval_shape(logits, placed, *data).sharding.spec[0]
-            report(f"{name}, {parameters}", step(placed, *data), want, batch=batch)
+    with jax.set_mesh(MESHES["explicit"]), nnx.logical_axis_rules(rules.items()):
+        (value, logits), gradients = step(nnx.state(make(), nnx.Param), *divided(inputs, MESHES["explicit"]))
+    report(name, ((value, logits), gradients), want, batch=jax.typeof(logits).sharding.spec[0])
 
 
 for name, model in MODELS.items():
     compare(name, *model)
+run = lambda: generate(ring(), np.asarray(tokens), max_new_tokens=3, stop_tokens=[]).tokens
+want = run()
+with jax.set_mesh(MESHES["explicit"]), nnx.logical_axis_rules(BY_DATA.items()):
+    report("generation", run(), [want])

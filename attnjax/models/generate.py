@@ -22,6 +22,7 @@ from jax import lax
 
 from attnjax.cache import KVCache
 from attnjax.core.checks import check_count
+from attnjax.core.mesh_types import gathered
 from attnjax.models import prompts as door
 from attnjax.models.processors import Processor, as_processors, processed, without
 from attnjax.models.prompts import Frozen
@@ -311,7 +312,7 @@ def _read(model: Any, given: Given, state: State) -> tuple[Array, Any]:
 
 def _chosen(state: State, caches: Any, logits: Array, given: Given) -> State:
     """The state with one more token."""
-    own = logits.astype(jnp.float32)
+    own = gathered(logits).astype(jnp.float32)  # whoever chooses looks at the whole vocabulary
     logits = processed(own, given.processors, state.tokens, state.step)
     if given.banned is not None:
         logits = without(logits, given.banned)

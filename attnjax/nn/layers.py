@@ -13,7 +13,7 @@ from flax.core import meta, spmd
 from jax._src.mesh import thread_resources  # has no public name: what `with mesh:` sets
 
 from attnjax.attention import attention
-from attnjax.core.mesh_types import names_of, with_auto_axes
+from attnjax.core.mesh_types import gathered, names_of, with_auto_axes
 from attnjax.nn.checks import check_name
 
 Array = jax.Array
@@ -23,7 +23,30 @@ default_bias_init = nnx.initializers.zeros_init()
 default_table_init = nnx.initializers.normal(1.0)
 default_embedding_init = nnx.initializers.normal(0.02)
 
-NORMS = {"layer": nnx.LayerNorm, "rms": nnx.RMSNorm}
+
+class LayerNorm(nnx.LayerNorm):
+    """Flax's, with parameters that may lie divided over any axes of a mesh: they are gathered."""
+
+    def __call__(self, x: Array, **options: Any) -> Array:
+        return nnx.LayerNorm.__call__(_whole(self), x, **options)
+
+
+class RMSNorm(nnx.RMSNorm):
+    """Flax's, with a parameter that may lie divided over any axes of a mesh: it is gathered."""
+
+    def __call__(self, x: Array, **options: Any) -> Array:
+        return nnx.RMSNorm.__call__(_whole(self), x, **options)
+
+
+def _whole(norm: Any) -> Any:
+    """The norm, each of its parameters whole on each device where types tell that they are not."""
+    if not names_of(jax.typeof(norm.scale[...]), 0):
+        return norm
+    graph, state = nnx.split(norm)
+    return nnx.merge(graph, jax.tree.map(gathered, state))
+
+
+NORMS = {"layer": LayerNorm, "rms": RMSNorm}
 
 
 def named(*axes: str | None) -> dict[str, Any]:
@@ -130,8 +153,8 @@ def make_norm(
     shared: dict[str, Any] = dict(epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     shared["scale_metadata"] = named(axis)
     if kind == "rms":
-        return nnx.RMSNorm(size, **shared)
-    return nnx.LayerNorm(size, use_bias=use_bias, bias_metadata=named(axis), **shared)
+        return RMSNorm(size, **shared)
+    return LayerNorm(size, use_bias=use_bias, bias_metadata=named(axis), **shared)
 
 
 def attention_weights(query: Array, key: Array, **options: Any) -> Array:
