@@ -72,3 +72,20 @@ def test_documents_do_not_reach_each_other(implementation):
             assert np.isnan(got[first - 1][21]).all()  # who sees it has it
         if spoilt == ["value"] and derived:
             assert np.isposinf(got[first - 1][9]).all()  # this row sees the infinity alone
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_examples_share_query_and_key(implementation, rng):
+    """Values and a bias with -inf are mapped: the gradients are those of each example alone."""
+    normal = lambda *size: jnp.asarray(rng.normal(size=size), jnp.float32)
+    query, key, values = normal(1, 21, 2, 3), normal(1, 21, 1, 3), normal(3, 1, 21, 1, 8)
+    biases = (lambda x: jnp.where(x > 0.8, -jnp.inf, x))(normal(3, 1, 1, 21, 21))
+
+    def gradients(query, key, value, bias):
+        options = dict(mask=aj.Prefix(jnp.array([13])), score=aj.Bias(bias), implementation=implementation)
+        return jax.grad(lambda q, k: (aj.attention(q, k, value, **options) ** 2).sum(), argnums=(0, 1))(query, key)
+
+    got = jax.jit(jax.vmap(gradients, in_axes=(None, None, 0, 0)))(query, key, values, biases)
+    want = [gradients(query, key, value, bias) for value, bias in zip(values, biases, strict=True)]
+    for one, other in zip(got, zip(*want, strict=True), strict=True):
+        np.testing.assert_allclose(one, jnp.stack(other), rtol=1e-4, atol=1e-5)

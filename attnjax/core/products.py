@@ -94,7 +94,15 @@ def _with_others(i: Array, sums: Array, *, pairs: Array, rows: Array, own: str, 
 
 
 def _types(a: Any, b: Any, visible: Any, **options: str) -> list[Any]:
-    return list(jax.make_jaxpr(partial(_einsum, **options))(a, b).out_avals)
+    """The type of the einsum, in all lanes of the pairs that are seen."""
+
+    def made(a: Array, b: Array) -> Array:
+        out = _einsum(a, b, **options)
+        lanes = out.ndim - len(_letters(options["spec"])[1])
+        shape = *lax.broadcast_shapes(out.shape[:lanes], visible.shape[: -len(PAIRS)]), *out.shape[lanes:]
+        return out if out.shape == shape else jnp.broadcast_to(out, shape)
+
+    return list(jax.make_jaxpr(made)(a, b).out_avals)
 
 
 def _batch(operands: list, dims: list, **options: str) -> Any:
