@@ -110,11 +110,11 @@ grouped = decoder(positions=RoPE(), key_heads=2)
 ring = decoder(positions=RoPE(), key_heads=2, tie_embeddings=False, windows=(3,))
 MODELS = {
     "packed": (grouped, lambda m, x: m(x, segments=x // 12), [tokens], {}),
-    "learned positions, tied": (decoder(max_length=8), call, [tokens], FEW_KEY_HEADS),
+    "learned positions, tied": (decoder(max_length=8), call, [tokens], BY_DATA),
     "caches": (grouped, decoded, [tokens], FEW_KEY_HEADS),
     "rings": (ring, decoded, [tokens], BY_DATA),
     "encoder and decoder": (lambda: Transformer(translator, rngs=nnx.Rngs(0)), call, [tokens, tokens], FEW_KEY_HEADS),
-    "vision": (lambda: VisionTransformer(vision, rngs=nnx.Rngs(0)), call, [images], FEW_KEY_HEADS),
+    "vision": (lambda: VisionTransformer(vision, rngs=nnx.Rngs(0)), call, [images], BY_DATA),
 }
 
 

@@ -70,7 +70,9 @@ class LearnedPositions(nnx.Module):
         table, rows = self.embedding[...].astype(self.dtype), bounded((1, positions))
         rows = jnp.where(rows < 0, jnp.int32(len(table)), rows)  # which are not counted from the end
         take = lambda table, rows: jnp.take(table, rows, axis=0, mode="fill", fill_value=jnp.nan)
-        return with_auto_axes(take, names_of_rows, table, rows)
+        # Whole vectors: they are added to tokens, whose batch may lie divided over the axes that divide the table.
+        names = lambda table, rows: [*(names_of(rows, i) for i in range(rows.ndim)), ()]
+        return with_auto_axes(take, names, table, rows)
 
 
 class SinusoidalPositions(nnx.Module):
