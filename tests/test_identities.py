@@ -205,7 +205,7 @@ def test_the_order_of_the_keys_does_not_matter(attend, qkv, rng):
     agree(permuted, attend(q, k, v, score=aj.Bias(bias)))
 
 
-def test_block_sizes_do_not_matter():
+def test_block_sizes_do_not_matter(some):
     """Tilings differ by rounding alone: same values, gradients and tangents, same dropped weights."""
     case = Case(COMBINED, EVERYTHING)
     inputs = draw(case, "float32")
@@ -213,7 +213,7 @@ def test_block_sizes_do_not_matter():
     finite = lambda a: np.where(np.isneginf(a), 0, a)
     run = lambda *blocks: jax.tree.map(finite, jax.jit(solver(case, "xla", xla.Config(*blocks)))(*inputs))
     first = run(16, 16)
-    for blocks in [(1, 16), (16, 1), (7, 11), (128, 128)]:
+    for blocks in some([(1, 16), (16, 1), (7, 11), (128, 128)], 2):
         jax.tree.map(lambda a, b, limit: close(a, b, 2 * limit), run(*blocks), first, allowed)
 
 
