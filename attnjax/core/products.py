@@ -80,9 +80,10 @@ def _run(
 def _with_others(i: Array, sums: Array, *, pairs: Array, rows: Array, own: str, result: str) -> Array:
     """The sums with what the i-th of the rows adds to them that is not finite."""
     # Heads of a group are more queries: pairs [..., k, queries, keys] and rows [..., k, queries or keys, numbers].
-    pairs = pairs.reshape(*pairs.shape[:-3], -1, pairs.shape[-1])
+    merged = lambda x: x.reshape(*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1])  # which may be of size 0
+    pairs = merged(pairs)
     rows = rows.swapaxes(-1, -2) if own.endswith("s") else rows
-    rows = rows.reshape(*rows.shape[:-3], -1, rows.shape[-1]) if "g" in own else rows
+    rows = merged(rows) if "g" in own else rows
     one = partial(lax.dynamic_index_in_dim, index=i)
     row, weights = one(rows, axis=rows.ndim - 2), one(pairs, axis=pairs.ndim - 2 + ("g" in result))
     if result.endswith("s"):
