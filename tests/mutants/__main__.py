@@ -83,7 +83,8 @@ def _tried(mutant: Mutant, every: bool) -> tuple[str, float]:
 def _failed(folder: str, arguments: list[str]) -> str:
     """The first test that fails with the package in this folder; "" if all pass."""
     environment = os.environ | {"PYTHONPATH": folder}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
+    # -P: else the package in the folder where it runs would go before the one in PYTHONPATH.
+    command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
     try:
         run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=7200)
     except subprocess.TimeoutExpired:

@@ -22,30 +22,12 @@ ENGINE = (
 )
 NATIVE = tuple(sorted(f"kernels/native/{path.name}" for path in (PACKAGE / "kernels/native").glob("*.h")))
 
-_COMPARED = {
-    ast.Lt: ("<", "<="),
-    ast.LtE: ("<=", "<"),
-    ast.Gt: (">", ">="),
-    ast.GtE: (">=", ">"),
-    ast.Eq: ("==", "!="),
-    ast.NotEq: ("!=", "=="),
-    ast.Is: ("is", "is not"),
-    ast.In: ("in", "not in"),
-}
-_COMPUTED = {
-    ast.Add: ("+", "-"),
-    ast.Sub: ("-", "+"),
-    ast.Mult: ("*", "+"),
-    ast.Div: ("/", "*"),
-    ast.FloorDiv: ("//", "*"),
-    ast.Mod: ("%", "//"),
-    ast.BitAnd: ("&", "|"),
-    ast.BitOr: ("|", "&"),
-}
+_SWAPPED = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+", "/": "*"}
+_PYTHON = _SWAPPED | {"is": "is not", "in": "not in", "and": "or", "or": "and"}
+_PYTHON |= {"//": "*", "%": "//", "&": "|", "|": "&"}
+_CPP = _SWAPPED | {"%": "/", "&&": "||", "||": "&&"}
 # clang-format puts spaces around operators with two sides, and around no other `<` or `*`.
 _IN_CPP = re.compile(r" (<=|>=|==|!=|<|>|\+|-|\*|/|%|&&|\|\|) ")
-_CPP = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+", "/": "*"}
-_CPP |= {"%": "/", "&&": "||", "||": "&&"}
 
 
 class Mutant(NamedTuple):
@@ -93,12 +75,11 @@ def _python(source: str) -> Iterator[tuple[int, int, str, str]]:
     lines = source.splitlines()
     for node in _computing(ast.parse(source)):
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
-            yield from _between(lines, node.left, node.comparators[0], _COMPARED.get(type(node.ops[0])))
+            yield from _between(lines, node.left, node.comparators[0])
         elif isinstance(node, ast.BinOp):
-            yield from _between(lines, node.left, node.right, _COMPUTED.get(type(node.op)))
+            yield from _between(lines, node.left, node.right)
         elif isinstance(node, ast.BoolOp):
-            words = ("and", "or") if isinstance(node.op, ast.And) else ("or", "and")
-            yield from _between(lines, node.values[0], node.values[1], words)
+            yield from _between(lines, node.values[0], node.values[1])
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.Invert)):
             yield node.lineno, node.col_offset, "not " if isinstance(node.op, ast.Not) else "~", ""
         elif isinstance(node, ast.Constant) and type(node.value) is int:
@@ -120,14 +101,13 @@ def _computing(tree: ast.AST) -> Iterator[ast.AST]:
                 waiting += [child for child in ast.iter_child_nodes(node) if child not in skipped]
 
 
-def _between(lines: list[str], left: ast.expr, right: ast.expr, words: tuple[str, str] | None) -> Iterator:
+def _between(lines: list[str], left: ast.expr, right: ast.expr) -> Iterator[tuple[int, int, str, str]]:
     """The operator between two operands that stand in one line."""
-    if words is None or left.end_lineno != right.lineno:
-        return
     start = left.end_col_offset or 0
-    at = lines[right.lineno - 1][start : right.col_offset].find(words[0])
-    if at >= 0:
-        yield right.lineno, start + at, *words
+    gap = lines[right.lineno - 1][start : right.col_offset]
+    operator = gap.strip(" ()")
+    if left.end_lineno == right.lineno and operator in _PYTHON:
+        yield right.lineno, start + gap.index(operator), operator, _PYTHON[operator]
 
 
 def _cpp(source: str) -> Iterator[tuple[int, int, str, str]]:
