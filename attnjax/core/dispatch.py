@@ -83,20 +83,14 @@ def choose(
     if named is not None and not own:  # its config says nothing to those that run this part
         problem = dataclasses.replace(problem, config=None)
     refusals = {
-        name: _unknown_sizes(name, problem)
-        or kernel.unsupported(problem, operands, platform, part)
-        or _without(name, problem, operands, gradients)
-        for name, kernel in KERNELS.items()
+        name: _unable(name, problem, operands, platform, part) or _without(name, problem, operands, gradients)
+        for name in KERNELS
     }
     if named is not None and (own or refusals[named] is None):
         if refusals[named] is not None:
             anyone = dataclasses.replace(problem, config=None)  # which is of the one that was named
-            others = {name: kernel for name, kernel in KERNELS.items() if name != named}
-            able = [
-                name
-                for name, x in others.items()
-                if not (_unknown_sizes(name, anyone) or x.unsupported(anyone, operands, platform, part))
-            ]
+            others = [name for name in KERNELS if name != named]
+            able = [name for name in others if not _unable(name, anyone, operands, platform, part)]
             raise NotImplementedError(f"implementation {named!r} cannot: {refusals[named]}. {', '.join(able)} can.")
         return Choice(named, {name: f"implementation={named!r} was asked for" for name in KERNELS if name != named})
     if exported:
@@ -112,11 +106,11 @@ def choose(
     return Choice(chosen, reasons)
 
 
-def _unknown_sizes(name: str, problem: Problem) -> str | None:
-    """Why an implementation cannot take sizes that are symbols, or `None`."""
-    if problem.sizes.known or name in _TAKE_SYMBOLS:
-        return None
-    return "needs sizes that are known while it is compiled, and here some are symbols (jax.export.symbolic_shape)"
+def _unable(name: str, problem: Problem, operands: list[Any], platform: str, part: str) -> str | None:
+    """Why an implementation cannot take a part of the problem, or `None`."""
+    if not problem.sizes.known and name not in _TAKE_SYMBOLS:
+        return "needs sizes that are known while it is compiled, and here some are symbols (jax.export.symbolic_shape)"
+    return KERNELS[name].unsupported(problem, operands, platform, part)
 
 
 def shares(
