@@ -42,8 +42,8 @@ bench: $(STAMP)bench $(if $(PEERS),$(STAMP)peers)  ## compare attention on this 
 test: $(STAMP)dev  ## run the tests and the examples in the docstrings
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --doctest-modules tests attnjax $(ARGS)
 
-test-full: $(STAMP)dev  ## run every case of every test
-	$(BIN)/python -m pytest -n $(WORKERS) --doctest-modules tests attnjax --cases=all $(ARGS)
+test-full: override ARGS += --cases=all
+test-full: test  ## run every case of every test
 
 fuzz: $(STAMP)dev  ## run random programs and compare with a formula in NumPy
 	cd tests && $(abspath $(BIN))/python -m fuzz --minutes $(MINUTES) --seed $(SEED) $(ARGS)
